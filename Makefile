@@ -1,0 +1,55 @@
+# make setup      .venv with everything, at the tested versions (at once when nothing changed)
+# make demo       the starter answers questions about a picture and draws where it looked
+# make test       everything that is not slow
+# make test-slow  the rest: installs, wheels, interrupted runs
+# make test-gpu   what needs a CUDA device
+# make bench      the benchmarks
+# make lint       ruff and mypy
+#
+# Another Python: make setup PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+MEMBERS := $(wildcard plugins/*/pyproject.toml backbones/*/pyproject.toml)
+
+.DEFAULT_GOAL := setup
+.PHONY: setup demo test test-slow test-gpu bench lint
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml $(MEMBERS)
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "IPN needs Python 3.11 or newer, and there is no '$(PYTHON)' here." \
+	    "Install one, or name it: make setup PYTHON=python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+	  "IPN needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name another one: make setup PYTHON=python3.11" % v[:2])'
+	"$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/ipn models pull starter
+	$(BIN)/ipn ask examples/scene.png "Is there a dog?"
+	$(BIN)/ipn ask examples/scene.png "How many animals are there?"
+	$(BIN)/ipn ask examples/scene.png "What is left of the dog?"
+	$(BIN)/ipn ask examples/scene.png "Which row is the dog in?" --heatmap heatmap.png
+
+test: $(STAMP)
+	@$(BIN)/ipn models pull smollm2-135m-instruct
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(STAMP)
+	@$(BIN)/ipn models pull smollm2-135m-instruct
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,248 @@
+"""What the core needs from a language model: embed, extend a cache, widths, layers, chat format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from ipn_core.errors import CheckpointError, ConfigError, UserError
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ipn_core.config import BackboneConfig
+
+__all__ = ["Backbone", "Extended", "LayerCallback"]
+
+LayerCallback = Callable[[int, Tensor, Tensor], Tensor]
+"""(layer, hidden (B, T, D), positions (B, T)) -> the hidden states that the layer shall read."""
+
+
+@dataclass(frozen=True, eq=False)
+class Extended:
+    """What one forward over new tokens gave.
+
+    Attributes:
+        last: (B, T, D_out) hidden states after the final norm, what the language head reads.
+        hidden: the other layers that were asked for, by index.
+    """
+
+    last: Tensor
+    hidden: dict[int, Tensor]
+
+
+class Backbone(nn.Module):
+    """A frozen causal language model of transformers, driven through its key-value cache.
+
+    Subclasses say where the decoder's layers are and which chat format stands in for a tokenizer
+    without a template. The model stays in eval mode and without gradients while stages train.
+    """
+
+    MODEL_TYPES: ClassVar[tuple[str, ...]] = ()
+    """The transformers `model_type`s that this adapter accepts."""
+
+    TEMPLATE: ClassVar[str] = ""
+    """Jinja chat template for tokenizers that have none."""
+
+    def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        kind = str(lm.config.model_type)
+        if self.MODEL_TYPES and kind not in self.MODEL_TYPES:
+            raise ConfigError(
+                f"backbone {type(self).__name__} takes {' or '.join(self.MODEL_TYPES)} models; "
+                f"these weights are of type '{kind}'. Name another backbone (see 'ipn plugins')."
+            )
+        self.lm = lm.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self._refuse_checkpointing()
+
+    # -- loading ---------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, config: BackboneConfig) -> Self:
+        """Load weights and tokenizer from a known name, a folder or a hub id.
+
+        Raises:
+            UserError: nothing of that name, of another architecture, or pickled weights only.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from ipn_core.locate import locate_weights
+
+        if config.weights is None:
+            raise ConfigError(
+                "backbone.weights is missing: give a name of 'ipn models list', a folder or a "
+                "hub id."
+            )
+        source = locate_weights(config.weights)
+        dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            where = f"'{config.weights}'"
+            if isinstance(source, Path) and any(source.glob("*.bin")):
+                raise CheckpointError(
+                    f"the weights {where} are pickled (*.bin), which can run code when loaded: "
+                    "refused. Convert them to safetensors first."
+                ) from None
+            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise UserError(
+                f"the weights {where} cannot be loaded: {first} "
+                "Give a name of 'ipn models list', a folder, or a hub id while online."
+            ) from None
+        return cls(lm, tokenizer)
+
+    # -- sizes -----------------------------------------------------------------------------------
+
+    @property
+    def D_in(self) -> int:
+        """Width of the input embeddings."""
+        return int(self.lm.get_input_embeddings().weight.shape[1])
+
+    @property
+    def D_out(self) -> int:
+        """Width of the hidden states that the language head reads."""
+        return int(self.lm.get_output_embeddings().weight.shape[1])
+
+    @property
+    def D_hidden(self) -> tuple[int, ...]:
+        """Width of the hidden states by layer; the last entry is after the final norm."""
+        width = int(self.lm.config.hidden_size)
+        return (*[width] * len(self.layers), self.D_out)
+
+    @property
+    def max_positions(self) -> int:
+        """The longest prompt plus answer that the model was built for, in tokens."""
+        return int(self.lm.config.max_position_embeddings)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The decoder's layers, first to last."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return self.lm.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights are held in."""
+        return self.lm.get_input_embeddings().weight.dtype
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        found = self.lm.generation_config.eos_token_id
+        if found is None:
+            found = self.tokenizer.eos_token_id
+        if found is None:
+            return ()
+        return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
+
+    @property
+    def template(self) -> str:
+        """The chat template: the tokenizer's, or the family's where it has none."""
+        return str(self.tokenizer.chat_template or self.TEMPLATE)
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode: a frozen model must not drop units (OPT does by default)."""
+        return super().train(False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Look tokens up: ids (B, T) -> (B, T, D_in)."""
+        embedded: Tensor = self.lm.get_input_embeddings()(ids)
+        return embedded
+
+    def new_cache(self) -> Cache:
+        """Return an empty key-value cache for this model."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.lm.config)
+
+    def extend(
+        self,
+        embeds: Tensor,
+        cache: Cache,
+        positions: Tensor,
+        mask: Tensor | None,
+        layers: Sequence[int] = (),
+    ) -> Extended:
+        """Run the model over new tokens only and keep their keys and values.
+
+        Args:
+            embeds: (B, T, D_in) the new tokens.
+            cache: holds the C tokens before them; grows to C + T.
+            positions: (B, T) position of each new token, padding not counted.
+            mask: (B, C + T) True for real tokens, None if all are.
+            layers: further hidden layers to return, counted as transformers does.
+        """
+        self._refuse_checkpointing()
+        before = int(cache.get_seq_length())
+        count = len(self.layers)
+        inner = sorted({i % (count + 1) for i in layers} - {count})
+        output = self.lm.base_model(
+            inputs_embeds=embeds,
+            attention_mask=None if mask is None else mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=bool(inner),
+        )
+        after = int(cache.get_seq_length())
+        if after != before + embeds.shape[1]:
+            raise AssertionError(
+                f"the key-value cache went from {before} to {after} tokens over a segment of "
+                f"{embeds.shape[1]}; something between the layers dropped it"
+            )
+        hidden = {i: output.hidden_states[i] for i in inner}
+        return Extended(output.last_hidden_state, hidden)
+
+    def logits(self, last: Tensor) -> Tensor:
+        """Apply the language head: (…, D_out) -> (…, vocabulary), in fp32."""
+        scores: Tensor = self.lm.get_output_embeddings()(last)
+        return scores.float()
+
+    @contextmanager
+    def layer_callback(self, layers: Sequence[int], callback: LayerCallback) -> Iterator[None]:
+        """Let `callback` change what chosen layers read, in every forward inside the block.
+
+        It works alike in prefill, decoding and beam search, because it hangs on the layers.
+        """
+
+        def hook(index: int) -> Any:
+            def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                changed = callback(index, hidden, kwargs["position_ids"])
+                if args:
+                    return (changed, *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": changed}
+
+            return before
+
+        handles = [
+            self.layers[i].register_forward_pre_hook(hook(i), with_kwargs=True) for i in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _refuse_checkpointing(self) -> None:
+        # With gradient checkpointing transformers drops the cache in train mode: the prefix would
+        # silently vanish from the second segment.
+        if any(getattr(m, "gradient_checkpointing", False) for m in self.lm.modules()):
+            raise ConfigError(
+                "the backbone has transformers' gradient checkpointing on, which empties the "
+                "key-value cache: call gradient_checkpointing_disable() on it."
+            )

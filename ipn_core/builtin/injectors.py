@@ -1,0 +1,70 @@
+"""Injectors: how a message becomes inputs of the LLM."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ipn_core.config import Config
+from ipn_core.stages import Dims, InjectContext, Injection, Injector, VisualMessage
+
+__all__ = ["TokenInjector", "TokenInjectorConfig"]
+
+
+class TokenInjectorConfig(Config):
+    """How the message is projected.
+
+    Attributes:
+        hidden: width of the small MLP beside the linear map, 0 for none.
+    """
+
+    hidden: int = 0
+
+
+class TokenInjector(Injector):
+    """Fill the K `<img-d>` slots: `slots + W·norm(message) [+ MLP(norm(message))]`.
+
+    LMEye (arXiv 2305.03701) adds a linear projection to the learned `<img-d>` embeddings; the
+    MLP beside it is ours.
+    """
+
+    Config = TokenInjectorConfig
+
+    def __init__(self, config: TokenInjectorConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        self.norm = nn.LayerNorm(dims.Dm)
+        self.linear = nn.Linear(dims.Dm, dims.D_in)
+        self.mlp = (
+            nn.Sequential(
+                nn.Linear(dims.Dm, config.hidden),
+                nn.GELU(),
+                nn.Linear(config.hidden, dims.D_in),
+            )
+            if config.hidden
+            else None
+        )
+
+    def forward(self, message: VisualMessage, context: InjectContext) -> Injection:
+        """Project (B, K, Dm) to (B, K, D_in).
+
+        Raises:
+            ShapeError: the message has another number of tokens than the layout has slots.
+        """
+        return Injection(self.project(message.values) + context.slots)
+
+    def project(self, values: Tensor) -> Tensor:
+        """Project (…, Dm) to (…, D_in) without the slots' own embeddings."""
+        values = self.norm(values)
+        projected: Tensor = self.linear(values)
+        if self.mlp is not None:
+            projected = projected + self.mlp(values)
+        return projected
+
+    def extra_repr(self) -> str:
+        """Return the widths."""
+        return f"Dm={self.dims.Dm}, D_in={self.dims.D_in}"
+
+    @torch.no_grad()
+    def start_at(self, scale: float) -> None:
+        """Scale the initial output to the size of the LLM's own embeddings."""
+        self.linear.weight.mul_(scale)

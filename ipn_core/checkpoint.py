@@ -1,0 +1,234 @@
+"""Checkpoints: `config.json` and `model.safetensors`, exactly what was trained, never pickle.
+
+A model folder is one checkpoint, or a folder with an index `models.json` that names several, one
+a strategy: `{"default": "rvii", "strategies": ["rvii", "static"]}`, each in a folder of its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ipn_core.config import IPNConfig
+from ipn_core.errors import CheckpointError, ConfigError, near
+from ipn_core.files import atomic_write
+from ipn_core.locate import locate_model
+from ipn_core.plugins import Registry, get_registry
+
+if TYPE_CHECKING:
+    from ipn_core.backbone import Backbone
+    from ipn_core.model import IPN
+    from ipn_core.stages import VisionEncoder
+
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "WEIGHTS",
+    "load",
+    "load_state",
+    "read_config",
+    "save",
+    "strategies_of",
+]
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "models.json"
+FORMAT = 1
+"""Version of the folder's format, in `config.json`."""
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def save(model: IPN, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a checkpoint, each file atomically.
+
+    Args:
+        model: what to save.
+        folder: made if it is not there.
+        dtype: cast floating-point tensors to it, None keeps theirs.
+    """
+    from safetensors.torch import save as to_bytes
+
+    state = {
+        k: v.detach().cpu().to(dtype if dtype and v.is_floating_point() else v.dtype).contiguous()
+        for k, v in model.trained_state().items()
+    }
+    config = {"format": FORMAT, **model.config.model_dump(mode="json", exclude_none=True)}
+    folder.mkdir(parents=True, exist_ok=True)
+    # Weights first: a config without weights is refused, weights without a config are not seen.
+    atomic_write(folder / WEIGHTS, to_bytes(state, metadata={"format": "pt"}))
+    atomic_write(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def load(
+    cls: type[IPN],
+    source: str | Path,
+    *,
+    interact: str | None,
+    untrained: bool,
+    backbone: Backbone | None,
+    encoder: VisionEncoder | None,
+    registry: Registry | None,
+) -> IPN:
+    """Load a model; see `IPN.from_pretrained`."""
+    registry = registry or get_registry()
+    folder = locate_model(source, registry)
+    there = strategies_of(folder)
+    chosen = interact or next(iter(there))
+    trained = chosen in there
+    if not trained and not untrained:
+        raise CheckpointError(
+            f"model '{source}' has no trained weights for interaction '{chosen}': it has "
+            f"{', '.join(there)}{near(chosen, there)}. Choose one of them, train it with "
+            "'ipn train', or pass --untrained."
+        )
+    config = read_config(there[chosen if trained else next(iter(there))], registry)
+    if not trained:
+        registry.get("strategy", chosen)
+        base = config.model_dump(mode="json", exclude_none=True)
+        kept = {k: base[k] for k in ("backbone", "encoder", "prompt")}
+        config = IPNConfig.resolve({**kept, "strategy": chosen}, registry, "config")
+    model = cls.from_config(
+        config, backbone=backbone, encoder=encoder, registry=registry, name=str(source)
+    )
+    if trained:
+        load_state(model, read_weights(there[chosen] / WEIGHTS), str(there[chosen] / WEIGHTS))
+    return model
+
+
+def strategies_of(folder: Path) -> dict[str, Path]:
+    """Return the checkpoints of a model folder by strategy, the default one first.
+
+    Raises:
+        CheckpointError: the folder is no model, its index is damaged, or it holds only pickles.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        content = _read_json(index)
+        names, default = content.get("strategies"), content.get("default")
+        plain = isinstance(names, list) and all(
+            isinstance(n, str) and n and Path(n).name == n and n not in (".", "..") for n in names
+        )
+        if not plain or not names or default not in names:
+            raise CheckpointError(
+                f"'{index}' must hold 'strategies', a list of folder names, and 'default', one "
+                "of them."
+            )
+        ordered = [default, *(n for n in names if n != default)]
+        return {n: _inside(folder, folder / n) for n in ordered}
+    if (folder / CONFIG).is_file():
+        content = _read_json(folder / CONFIG)
+        name = content.get("strategy") or (content.get("interact") or {}).get("name") or "model"
+        return {str(name): folder}
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"'{folder}' holds pickled weights ({', '.join(pickles)}), which can run code when "
+            "loaded: refused. Save them as safetensors."
+        )
+    raise CheckpointError(
+        f"'{folder}' is no model of ours: it has neither {CONFIG} nor {INDEX}. Give a folder that "
+        "'ipn train' wrote, or a name of 'ipn models list'."
+    )
+
+
+def read_config(folder: Path, registry: Registry) -> IPNConfig:
+    """Read and validate a checkpoint's config."""
+    path = folder / CONFIG
+    content = _read_json(_inside(folder, path))
+    version = content.pop("format", None)
+    if version != FORMAT:
+        raise CheckpointError(
+            f"'{path}' has format {version!r}; this version reads {FORMAT}. Upgrade ipn-core or "
+            "save the model again."
+        )
+    try:
+        return IPNConfig.parse(content, str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or no safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    _inside(path.parent, path)
+    if not path.is_file():
+        others = sorted(p.name for p in path.parent.iterdir() if p.suffix in _PICKLES)
+        hint = (
+            f"there is {', '.join(others)}, but pickled weights can run code when loaded: refused"
+            if others
+            else "the checkpoint is incomplete"
+        )
+        raise CheckpointError(f"no such file: '{path}' ({hint}). Save the model again.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"'{path}' is damaged or no safetensors file ({error}). Fetch or save it again."
+        ) from None
+
+
+def load_state(model: IPN, state: Mapping[str, Tensor], where: str) -> None:
+    """Put trained weights into a model.
+
+    Raises:
+        CheckpointError: keys are missing, unexpected, of the wrong shape, or not finite; each is
+            named and the model is left as it was.
+    """
+    expected = model.trained_state()
+    faults = [f"missing {k}" for k in expected if k not in state]
+    faults += [f"unexpected {k}{near(k, expected)}" for k in state if k not in expected]
+    faults += [
+        f"{k} has shape {tuple(v.shape)}, the config asks for {tuple(expected[k].shape)}"
+        for k, v in state.items()
+        if k in expected and v.shape != expected[k].shape
+    ]
+    faults += [
+        f"{k} holds values that are not finite"
+        for k, v in state.items()
+        if v.is_floating_point() and not bool(torch.isfinite(v).all())
+    ]
+    if faults:
+        shown = faults[:12] + ([f"and {len(faults) - 12} more"] if len(faults) > 12 else [])
+        raise CheckpointError(
+            f"the weights in '{where}' do not fit its config: " + "; ".join(shown) + "."
+        )
+    with torch.no_grad():
+        for key, value in state.items():
+            expected[key].copy_(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"no such file: '{path}'.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{path}' is not valid JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"'{path}' must hold an object.")
+    return content
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    """Refuse a link that leads out of the folder.
+
+    The hub's cache links each file to its blobs, a folder beside the snapshot; that is allowed.
+    """
+    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+        blobs = folder.resolve().parent.parent / "blobs"
+        if not path.resolve().is_relative_to(blobs):
+            raise CheckpointError(f"'{path}' is a link out of its folder: refused.")
+    return path

@@ -1,0 +1,247 @@
+"""Configs: frozen, validated and closed; an unknown key is an error that names the near ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ipn_core.errors import ConfigError, near
+from ipn_core.plugins import Registry
+
+__all__ = [
+    "BackboneConfig",
+    "ComponentConfig",
+    "Config",
+    "IPNConfig",
+    "Layout",
+    "PromptConfig",
+    "load_yaml",
+    "set_by_path",
+]
+
+
+class Config(BaseModel):
+    """Base of all configs; plugin authors subclass it with typed fields and defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str) -> Self:
+        """Validate a mapping.
+
+        Args:
+            values: what the user wrote.
+            where: names it in errors, such as "interact" or a file.
+
+        Raises:
+            ConfigError: one line for each fault, with near names for unknown keys.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{where} must be a mapping of keys to values, got {values!r}.")
+        try:
+            return cls.model_validate(dict(values))
+        except pydantic.ValidationError as error:
+            faults = [cls._explain(fault, where) for fault in error.errors()]
+            raise ConfigError("\n".join(faults)) from None
+
+    @classmethod
+    def _explain(cls, fault: Any, where: str) -> str:
+        path = ".".join(str(p) for p in (where, *fault["loc"]) if p != "")
+        if fault["type"] == "extra_forbidden":
+            known: list[str] = list(cls._model_at(fault["loc"][:-1]).model_fields)
+            name = str(fault["loc"][-1])
+            return f"unknown key '{path}': allowed are {', '.join(known)}{near(name, known)}."
+        if fault["type"] == "missing":
+            return f"'{path}' is missing."
+        return f"'{path}': {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}."
+
+    @classmethod
+    def _model_at(cls, path: tuple[Any, ...]) -> type[BaseModel]:
+        model: type[BaseModel] = cls
+        for key in path:
+            field = model.model_fields.get(str(key))
+            inner = field.annotation if field else None
+            options = getattr(inner, "__args__", (inner,))
+            nested = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+            if not nested:
+                break
+            model = nested[0]
+        return model
+
+
+class ComponentConfig(Config):
+    """A component by name; every further key is validated by the component's own config.
+
+    A bare name stands for the component with its defaults: `interact: rvii`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys besides the name."""
+        return dict(self.model_extra or {})
+
+
+class BackboneConfig(ComponentConfig):
+    """Which LLM: the adapter's name, its weights and the dtype they are held in."""
+
+    weights: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+
+
+class Layout(Config):
+    """The order of a turn and the number of tokens in each place.
+
+    Attributes:
+        order: where the pictures, the text and the look of `ask(image, question)` stand.
+            Interleaved prompts order pictures and text themselves; the look follows them.
+        rounds: request rounds a turn, 0 for strategies that need no request.
+        request: request tokens R a round.
+        dynamic: dynamic tokens K a round.
+    """
+
+    order: tuple[Literal["images", "text", "look"], ...] = ("images", "text", "look")
+    rounds: int = Field(default=1, ge=0, le=16)
+    request: int = Field(default=1, ge=1, le=64)
+    dynamic: int = Field(default=5, ge=1, le=1024)
+
+    @model_validator(mode="after")
+    def _all_three(self) -> Self:
+        if sorted(self.order) != ["images", "look", "text"]:
+            raise ValueError("must name images, text and look, each once")
+        return self
+
+
+class PromptConfig(Config):
+    """What stands around the user's words.
+
+    Attributes:
+        system: the system message, None for the chat template's own.
+    """
+
+    system: str | None = None
+
+
+class IPNConfig(Config):
+    """Everything that makes a model, resolved; saved as `config.json`.
+
+    Attributes:
+        strategy: the preset that the stages below started from.
+        backbone: the LLM.
+        encoder: the vision encoder (a perceiver on its own).
+        perceive: a connector over the encoder that fills `<img>` slots; None for no static tokens.
+        request, interact, inject: the other three stages; all None without a request.
+        layout: order and number of tokens.
+        prompt: the system message.
+    """
+
+    strategy: str | None = None
+    backbone: BackboneConfig
+    encoder: ComponentConfig
+    perceive: ComponentConfig | None = None
+    request: ComponentConfig | None = None
+    interact: ComponentConfig | None = None
+    inject: ComponentConfig | None = None
+    layout: Layout = Layout()
+    prompt: PromptConfig = PromptConfig()
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        dynamic = (self.request, self.interact, self.inject)
+        if self.layout.rounds > 0 and None in dynamic:
+            raise ValueError("with layout.rounds > 0, request, interact and inject are all needed")
+        if self.layout.rounds == 0 and any(dynamic):
+            raise ValueError("request, interact and inject need layout.rounds > 0")
+        return self
+
+    @classmethod
+    def resolve(cls, values: Mapping[str, Any], registry: Registry, where: str) -> Self:
+        """Fill in the strategy's preset under what the user wrote, then validate.
+
+        Keys of the user's win; a component that the user names anew replaces the preset's whole.
+        """
+        merged = dict(values)
+        name = merged.get("strategy")
+        if name is not None:
+            preset = registry.get("strategy", str(name)).load()
+            for key, default in preset.items():
+                merged[key] = _merge(default, merged[key]) if key in merged else default
+        return cls.parse(merged, where)
+
+
+def _merge(default: Any, given: Any) -> Any:
+    """Lay `given` over `default`, unless it names another component."""
+    if isinstance(default, str) and isinstance(given, Mapping):
+        default = {"name": default}
+    if not (isinstance(default, Mapping) and isinstance(given, Mapping)):
+        return given
+    if "name" in default and given.get("name", default["name"]) != default["name"]:
+        return given
+    merged = dict(default)
+    for key, value in given.items():
+        merged[key] = _merge(merged[key], value) if key in merged else value
+    return merged
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: the file is missing, no YAML, or no mapping; the text has the line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: '{path}'. Give the path of a YAML config.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"'{path}' is not UTF-8 text ({error}).") from None
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be read ({error.strerror}).") from None
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"'{path}' must hold a mapping of keys to values.")
+    return values
+
+
+def set_by_path(values: dict[str, Any], assignment: str) -> None:
+    """Apply one `key.key=value` from the command line; the value is read as YAML.
+
+    Raises:
+        ConfigError: there is no '=', or a key leads through something that is no mapping.
+    """
+    path, found, text = assignment.partition("=")
+    keys = path.split(".")
+    if not found or not all(keys):
+        raise ConfigError(f"'{assignment}' must look like key=value or key.key=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"'{assignment}': {' '.join(str(error).split())}.") from None
+    inner: Any = values
+    for key in keys[:-1]:
+        step = inner.setdefault(key, {}) if isinstance(inner, dict) else None
+        if isinstance(step, str):
+            # A bare component name stands for a mapping: `interact=rvii interact.width=64`.
+            step = inner[key] = {"name": step}
+        if not isinstance(step, (dict, list)):
+            raise ConfigError(f"'{path}': '{key}' holds {step!r}, which has no keys.")
+        inner = step
+        if isinstance(inner, list):
+            raise ConfigError(f"'{path}': '{key}' is a list; set it as a whole.")
+    inner[keys[-1]] = value

@@ -1,0 +1,415 @@
+"""The engine: segmented prefill over one key-value cache.
+
+    segment 0: [text, <img>×S, question, <img-q>]   one forward, the cache is kept
+               request -> interact -> inject
+    segment 1: [<img-d>×K, rest of the prompt]      one forward over the new tokens only
+
+Every token is processed once, however many looks a prompt has. The two-pass method of the
+published system (LMEye, arXiv 2305.03701) runs the prefix twice and gives the same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ipn_core.clock import Clock
+from ipn_core.errors import PromptError, ShapeError
+from ipn_core.features import VisualFeatures
+from ipn_core.plan import Plan
+from ipn_core.segments import IGNORED, Look, Segment, TokenCounts, lay_out
+from ipn_core.stages import (
+    InjectContext,
+    LayerContext,
+    LayerInjector,
+    Percept,
+    Request,
+    RequestContext,
+    VisualMessage,
+)
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from ipn_core.model import IPN
+
+__all__ = ["Engine", "LookRecord", "Prefix", "State"]
+
+
+@dataclass(frozen=True, eq=False)
+class LookRecord:
+    """One look of the samples that looked together.
+
+    Attributes:
+        looks: which rows, in the order of the tensors below.
+        request: what was asked.
+        message: what came back.
+        features: what was looked at.
+    """
+
+    looks: tuple[Look, ...]
+    request: Request
+    message: VisualMessage
+    features: VisualFeatures
+
+
+@dataclass(eq=False)
+class State:
+    """What has been processed so far.
+
+    Attributes:
+        cache: the keys and values of C tokens.
+        mask: (B, C) True for real tokens.
+        lengths: real tokens of each row.
+        pictures: for each row, the position of each picture so far.
+        counts: tokens by kind, a row.
+        looks: the looks so far.
+    """
+
+    cache: Cache
+    mask: Tensor
+    lengths: list[int]
+    pictures: list[list[int]]
+    counts: list[TokenCounts]
+    looks: list[LookRecord] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """C, padding included."""
+        return int(self.mask.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """A prompt up to its last segment, which `generate` or the caller runs.
+
+    Attributes:
+        state: everything before the last segment.
+        embeds: (B, L, D_in) the last segment, its dynamic tokens filled in.
+        mask: (B, L) True for real tokens.
+    """
+
+    state: State
+    embeds: Tensor
+    mask: Tensor
+
+
+class Engine:
+    """Runs prompts through a model's backbone and stages."""
+
+    def __init__(self, model: IPN) -> None:
+        self.model = model
+
+    # -- public ----------------------------------------------------------------------------------
+
+    def prefix(
+        self,
+        plans: Sequence[Plan],
+        percept: Percept,
+        *,
+        state: State | None = None,
+        clock: Clock | None = None,
+        return_map: bool = False,
+    ) -> Prefix:
+        """Run everything before the last segment of each prompt.
+
+        Args:
+            plans: one a row; with `state`, what comes after it.
+            percept: features and static tokens of all pictures of the rows.
+            state: what is in the cache already; it is extended in place.
+            clock: counts the seconds of each stage.
+            return_map: ask the interaction for its attention map.
+        """
+        (*segments, last), state = self._segments(plans, percept, state)
+        filled: list[tuple[Look, Tensor]] = []
+        with self.layers(state, percept):
+            for segment in segments:
+                embeds = self._embed(segment, percept, filled)
+                hidden = self._extend(segment, embeds, state)
+                if clock:
+                    clock.lap("prefill")
+                filled = self._look(segment, hidden, percept, state, clock, return_map)
+        embeds = self._embed(last, percept, filled)
+        return Prefix(state, embeds, last.mask.to(embeds.device))
+
+    def loss(self, plans: Sequence[Plan], percept: Percept) -> tuple[Tensor, int, State]:
+        """Return the summed cross entropy of the tokens to learn, their number, and the state.
+
+        Language-head logits are computed only where a token is to be learned.
+
+        Args:
+            plans: prompts whose last turn is the answer to learn.
+            percept: features and static tokens of their pictures.
+        """
+        segments, state = self._segments(plans, percept, None)
+        filled: list[tuple[Look, Tensor]] = []
+        total = self.model.slots.request.new_zeros(())
+        count = 0
+        with self.layers(state, percept):
+            for index, segment in enumerate(segments):
+                embeds = self._embed(segment, percept, filled)
+                hidden = self._extend(segment, embeds, state)
+                if segment.learns:
+                    labels = segment.labels[:, 1:].to(embeds.device)
+                    learned = labels != IGNORED
+                    logits = self.model.backbone.logits(hidden[-1][:, :-1][learned])
+                    total = total + F.cross_entropy(logits, labels[learned], reduction="sum")
+                    count += int((segment.labels[:, 1:] != IGNORED).sum())
+                if index < len(segments) - 1:
+                    filled = self._look(segment, hidden, percept, state, None, False)
+        return total, count, state
+
+    def hidden_at_request(self, plans: Sequence[Plan], percept: Percept) -> Tensor:
+        """Return the hidden states (B, R, D) at the first `<img-q>` of each prompt.
+
+        They do not depend on the pictures where the layout has no static tokens, so that a
+        repeated question's may be kept.
+        """
+        (first, *_), state = self._segments(plans, percept, None)
+        with self.layers(state, percept):
+            hidden = self._extend(first, self._embed(first, percept, []), state)
+        return self._at_request(first, hidden)
+
+    @contextmanager
+    def layers(self, state: State, percept: Percept, repeats: int = 1) -> Iterator[None]:
+        """Put a layer injector, if the model has one, between the layers of the backbone.
+
+        Args:
+            state: knows where the pictures stand; may grow inside the block.
+            percept: the features.
+            repeats: copies of each row next to each other, as beams are.
+        """
+        injector = self.model.injector
+        if not isinstance(injector, LayerInjector):
+            yield
+            return
+        dtype = self.model.stage_dtype
+        features = percept.features.to(dtype=dtype)
+        rows = [row for row in range(features.batch) for _ in range(repeats)]
+        repeated = features.select(rows)
+
+        def before(layer: int, hidden: Tensor, positions: Tensor) -> Tensor:
+            positions = positions.expand(hidden.shape[0], -1)
+            starts = torch.tensor(
+                [_padded(state.pictures[row], features.images) for row in rows]
+            ).to(hidden.device)
+            seen = (positions[:, :, None] >= starts[:, None, :]).sum(-1)
+            context = LayerContext(layer, positions, seen, repeated)
+            changed = injector.before_layer(hidden.to(dtype), context)
+            return changed.to(hidden.dtype)
+
+        with ExitStack() as stack:
+            stack.enter_context(self.model.backbone.layer_callback(injector.layers, before))
+            yield
+
+    # -- segments --------------------------------------------------------------------------------
+
+    def _segments(
+        self, plans: Sequence[Plan], percept: Percept, state: State | None
+    ) -> tuple[list[Segment], State]:
+        layout = self.model.config.layout
+        segments, counts, pictures = lay_out(
+            plans,
+            self._static_lengths(len(plans), percept),
+            layout.request,
+            layout.dynamic,
+            None if state is None else state.lengths,
+        )
+        device = self.model.backbone.device
+        if state is None:
+            empty = torch.zeros(len(plans), 0, dtype=torch.bool, device=device)
+            state = State(
+                self.model.backbone.new_cache(), empty, [0] * len(plans), pictures, counts
+            )
+        else:
+            state.counts = counts
+            for row, more in enumerate(pictures):
+                state.pictures[row] += more
+        longest = max(
+            before + count.total() for before, count in zip(state.lengths, counts, strict=True)
+        )
+        limit = self.model.backbone.max_positions
+        if longest >= limit:
+            raise PromptError(
+                f"the prompt has {longest} tokens; with the answer, at most {limit} fit into the "
+                "context of this LLM. Shorten the question or show fewer pictures."
+            )
+        return segments, state
+
+    @staticmethod
+    def _static_lengths(rows: int, percept: Percept) -> list[list[int]]:
+        lengths: list[list[int]] = [[] for _ in range(rows)]
+        for index, span in enumerate(percept.features.images):
+            tokens = percept.tokens
+            lengths[span.sample].append(0 if tokens is None else int(tokens[index].shape[0]))
+        return lengths
+
+    def _embed(
+        self, segment: Segment, percept: Percept, filled: Sequence[tuple[Look, Tensor]]
+    ) -> Tensor:
+        """Return the input embeddings (B, L, D_in) of a segment, its slots filled."""
+        backbone, slots = self.model.backbone, self.model.slots
+        embeds = backbone.embed(segment.ids.to(backbone.device))
+        index: list[tuple[int, int]] = []
+        values: list[Tensor] = []
+        if segment.statics and percept.tokens is not None:
+            by_place = {
+                (span.sample, span.place): tokens
+                for span, tokens in zip(percept.features.images, percept.tokens, strict=True)
+            }
+            for place in segment.statics:
+                values.append(by_place[place.row, place.image] + slots.image)
+                index += [(place.row, place.start + i) for i in range(place.length)]
+        message = {look.row: tokens for look, tokens in filled}
+        for place in segment.dynamics:
+            values.append(message[place.row])
+            index += [(place.row, place.start + i) for i in range(place.length)]
+        for look in segment.looks:
+            values.append(slots.request)
+            start = segment.length - segment.request
+            index += [(look.row, start + i) for i in range(segment.request)]
+        if not index:
+            return embeds
+        where = torch.tensor(index, device=embeds.device)
+        return embeds.index_put(
+            (where[:, 0], where[:, 1]), torch.cat(values).to(embeds.dtype)
+        )
+
+    def _extend(self, segment: Segment, embeds: Tensor, state: State) -> dict[int, Tensor]:
+        """Run the backbone over a segment; returns hidden states by layer, -1 the last."""
+        backbone = self.model.backbone
+        requester = self.model.requester
+        wanted = [] if requester is None or not segment.looks else [requester.layer]
+        mask = torch.cat([state.mask, segment.mask.to(embeds.device)], dim=1)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, state.length :]
+        rows = self._distinct(segment, state)
+        full = not segment.padded and sum(state.lengths) == state.length * len(state.lengths)
+        if rows is None:
+            out = backbone.extend(embeds, state.cache, positions, None if full else mask, wanted)
+            hidden = {**out.hidden, -1: out.last}
+        else:
+            # The same question asked of several pictures: its prefix is run once.
+            first, copies = rows
+            kept = torch.tensor(first, device=embeds.device)
+            out = backbone.extend(
+                embeds[kept],
+                state.cache,
+                positions[kept],
+                None if full else mask[kept],
+                wanted,
+            )
+            spread = torch.tensor(copies, device=embeds.device)
+            state.cache.batch_select_indices(spread)
+            hidden = {k: h[spread] for k, h in {**out.hidden, -1: out.last}.items()}
+        state.mask = mask
+        state.lengths = [
+            n + int(m) for n, m in zip(state.lengths, segment.mask.sum(1).tolist(), strict=True)
+        ]
+        return hidden
+
+    def _distinct(
+        self, segment: Segment, state: State
+    ) -> tuple[list[int], list[int]] | None:
+        """Find rows of a first segment that hold the same tokens and no picture.
+
+        Returns:
+            The rows to run and, for every row, its index among them; None if all differ.
+        """
+        if state.length or segment.statics or isinstance(self.model.injector, LayerInjector):
+            return None
+        looking = {look.row for look in segment.looks}
+        keys = [
+            (tuple(ids), tuple(mask), row in looking)
+            for row, (ids, mask) in enumerate(
+                zip(segment.ids.tolist(), segment.mask.tolist(), strict=True)
+            )
+        ]
+        first = {key: row for row, key in reversed(list(enumerate(keys)))}
+        if len(first) == len(keys):
+            return None
+        rows = sorted(first.values())
+        order = {row: i for i, row in enumerate(rows)}
+        return rows, [order[first[key]] for key in keys]
+
+    # -- looking ---------------------------------------------------------------------------------
+
+    def _at_request(self, segment: Segment, hidden: dict[int, Tensor]) -> Tensor:
+        requester = self.model.requester
+        assert requester is not None
+        count = len(self.model.backbone.layers)
+        layer = requester.layer % (count + 1)
+        states = hidden[-1] if layer == count else hidden[layer]
+        rows = [look.row for look in segment.looks]
+        if rows != list(range(states.shape[0])):
+            states = states[torch.tensor(rows, device=states.device)]
+        return states[:, -segment.request :].to(self.model.stage_dtype)
+
+    def _look(
+        self,
+        segment: Segment,
+        hidden: dict[int, Tensor],
+        percept: Percept,
+        state: State,
+        clock: Clock | None,
+        return_map: bool,
+    ) -> list[tuple[Look, Tensor]]:
+        """Request, interact and inject for the rows that look; returns each row's tokens."""
+        if not segment.looks:
+            return []
+        model, hook = self.model, self.model.pm.hook
+        looks = segment.looks
+        assert model.requester is not None
+        context = RequestContext(
+            self._at_request(segment, hidden),
+            [look.row for look in looks],
+            looks[0].round,
+            model.requester.layer,
+        )
+        request: Request = hook.request(context=context)
+        self._check("request", model.requester, request.values, (len(looks), None, None))
+        if clock:
+            clock.lap("request")
+        features = percept.features.select(
+            [look.row for look in looks], [look.pictures for look in looks]
+        ).to(dtype=model.stage_dtype)
+        request = replace(request, return_map=return_map)
+        message: VisualMessage = hook.interact(request=request, features=features)
+        layout = model.config.layout
+        self._check("interact", model.interaction, message.values, (len(looks), None, None))
+        if clock:
+            clock.lap("interact")
+        injected = hook.inject(
+            message=message, context=InjectContext(model.slots.dynamic, looks[0].round)
+        )
+        tokens = injected.tokens
+        self._check(
+            "inject", model.injector, tokens, (len(looks), layout.dynamic, model.backbone.D_in)
+        )
+        if clock:
+            clock.lap("inject")
+        state.looks.append(LookRecord(looks, request, message, features))
+        return list(zip(looks, tokens, strict=True))
+
+    def _check(
+        self, stage: str, module: Any, tensor: Any, expected: tuple[int | None, ...]
+    ) -> None:
+        fits = isinstance(tensor, Tensor) and tensor.ndim == len(expected)
+        if not fits or any(e not in (None, g) for e, g in zip(expected, tensor.shape, strict=True)):
+            wanted = ", ".join("·" if e is None else str(e) for e in expected)
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ShapeError(
+                f"stage {stage} of {self.model.label(stage)} ({type(module).__name__}) returned "
+                f"{got}, expected ({wanted})."
+            )
+
+
+def _padded(starts: Sequence[int], images: Sequence[Any]) -> list[int]:
+    """Positions of a row's pictures, filled up with one no token reaches."""
+    never = 1 << 30
+    return [*starts, *[never] * (len(images) - len(starts))]

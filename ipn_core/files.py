@@ -1,0 +1,154 @@
+"""Files that are either whole or absent: atomic writes, folders and locks between processes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from ipn_core.errors import IPNError
+
+__all__ = ["atomic_folder", "atomic_write", "lock", "sha256_of"]
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_POLL_S = 0.1
+
+
+def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path], object]) -> None:
+    """Write a file so that whoever reads `path` finds the old content or the new, never a part.
+
+    The content goes to a temporary file in the same folder, which is flushed to the disk and then
+    renamed; it is removed if anything fails, an interruption included.
+
+    Args:
+        path: the file; its folder must exist. A link is followed.
+        content: the bytes, or a function that writes them to the path it receives (which has the
+            same suffix), such as `lambda to: figure.savefig(to)`.
+
+    Raises:
+        IPNError: the system refused, for instance because the disk is full; `path` is as before.
+    """
+    target = Path(path).resolve()
+    temporary = target.with_name(f".{target.stem[:32]}.{secrets.token_hex(4)}.tmp{target.suffix}")
+    try:
+        with open(temporary, "xb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+        # Some libraries make their files private; the new file is to be like any other.
+        mode = (target if target.exists() else temporary).stat().st_mode & 0o777
+        if not isinstance(content, bytes):
+            content(temporary)
+        temporary.chmod(mode)
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise IPNError(_refusal(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder to fill, and rename it to `path` if the block succeeds.
+
+    One process at a time may do this for a `path`: hold a `lock`. What an earlier process left
+    because it was killed is removed first.
+
+    Raises:
+        FileExistsError: `path` exists.
+    """
+    target = Path(path).resolve()
+    if target.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        mode = temporary.stat().st_mode & 0o666
+        for entry in temporary.rglob("*"):
+            if entry.is_file():
+                entry.chmod(mode)  # for the reason given in `atomic_write`
+                _sync(entry)
+        os.rename(temporary, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def lock(
+    path: str | os.PathLike[str], waiting: Callable[[], object] | None = None
+) -> Iterator[None]:
+    """Hold an exclusive lock between processes; the system frees it when its holder dies.
+
+    Args:
+        path: the lock's file, made where it is missing and left where it is.
+        waiting: called once if another process holds the lock.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        held = _try_lock(file)
+        if not held and waiting is not None:
+            waiting()
+        while not held:
+            time.sleep(_POLL_S)
+            held = _try_lock(file)
+        yield
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the hexadecimal sha256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if sys.platform == "win32":  # pragma: no cover
+    import msvcrt
+
+    def _try_lock(file: BinaryIO) -> bool:
+        try:
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(file: BinaryIO) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders; its renames are journalled
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refusal(path: str | os.PathLike[str], error: OSError) -> str:
+    if error.errno in _NO_SPACE:
+        step = "Free some space or choose another disk, and run it again"
+    else:
+        step = "Choose a folder that exists and that you may write to"
+    reason = error.strerror or str(error)
+    return f"cannot write '{os.fspath(path)}': {reason}. What was there is unchanged. {step}."

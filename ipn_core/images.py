@@ -1,0 +1,152 @@
+"""Decoding pictures: the one place where untrusted image bytes become RGB pixels.
+
+Resizing and normalising belong to the Perceiver; here a picture is opened, turned upright by its
+EXIF orientation, flattened to RGB and held to a pixel limit before any pixel is decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, Union
+
+from ipn_core.errors import ImageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    ImageLike: TypeAlias = Union[str, os.PathLike[str], bytes, "Image.Image", "np.ndarray"]
+
+__all__ = ["MAX_PIXELS", "content_key", "load_image"]
+
+MAX_PIXELS = 50_000_000
+"""Largest accepted width × height; larger files are refused before they are decoded."""
+
+
+def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open a picture as upright RGB.
+
+    Args:
+        source: a path, encoded bytes, a PIL image, or an array (h, w), (h, w, 3) or (h, w, 4), uint8.
+        max_pixels: the largest width × height to accept.
+
+    Returns:
+        A PIL image in mode RGB, transparent parts on white, first frame of an animation.
+
+    Raises:
+        ImageError: the file is missing, no image, damaged, empty, or over the pixel limit.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    name = _describe(source)
+    with warnings.catch_warnings():
+        # Pillow's own bomb warning comes at a limit of its own; ours is checked below.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = _open(source)
+            _check_size(image.size, max_pixels, name)
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            return _to_rgb(image)
+        except ImageError:
+            raise
+        except FileNotFoundError:
+            raise ImageError(f"no such file: {name}. Give the path of a picture.") from None
+        except IsADirectoryError:
+            raise ImageError(f"{name} is a folder. Give the path of a picture.") from None
+        except PermissionError:
+            raise ImageError(f"{name} may not be read. Check its permissions.") from None
+        except UnidentifiedImageError:
+            raise ImageError(
+                f"{name} is not an image that Pillow can read. "
+                "Give a PNG, JPEG, WebP, GIF, BMP or TIFF file."
+            ) from None
+        except Image.DecompressionBombError:
+            raise ImageError(_too_large(name, None, max_pixels)) from None
+        except (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
+            raise ImageError(
+                f"{name} is damaged or cut short ({error}). Save or fetch it again."
+            ) from None
+        except Exception as error:  # decoders of damaged files raise whatever they stumble over
+            raise ImageError(
+                f"{name} cannot be decoded ({type(error).__name__}: {error}). "
+                "Save or fetch it again."
+            ) from None
+
+
+def content_key(image: Image.Image) -> str:
+    """Return a key of the decoded pixels, the same for the same picture in any file format."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{image.mode}:{image.width}x{image.height}:".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def _describe(source: ImageLike) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return f"'{os.fspath(source)}'"
+    if isinstance(source, bytes):
+        return f"the image ({len(source)} bytes)"
+    return "the image"
+
+
+def _open(source: ImageLike) -> Image.Image:
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source))
+    if isinstance(source, (str, os.PathLike)):
+        if "\0" in os.fspath(source):
+            raise ImageError("a path cannot hold a null character. Give the path of a picture.")
+        return Image.open(Path(source))
+    import numpy as np
+
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8:
+            raise ImageError(f"an image array must be uint8, got {source.dtype}.")
+        if not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
+            raise ImageError(
+                f"an image array must be (h, w), (h, w, 3) or (h, w, 4), got {source.shape}."
+            )
+        if 0 in source.shape:
+            raise ImageError(f"the image is empty: {source.shape}.")
+        return Image.fromarray(source)
+    raise ImageError(
+        f"an image must be a path, bytes, a PIL image or an array, got {type(source).__name__}."
+    )
+
+
+def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name} is empty ({width}×{height} pixels).")
+    if width * height > max_pixels:
+        raise ImageError(_too_large(name, size, max_pixels))
+
+
+def _too_large(name: str, size: tuple[int, int] | None, max_pixels: int) -> str:
+    got = f"{size[0]}×{size[1]} pixels" if size else "far more pixels"
+    return f"{name} has {got}; at most {max_pixels:,} are accepted. Scale it down first."
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode in ("I", "I;16", "I;16L", "I;16B", "F"):
+        # 16-bit and float pictures: Pillow would clip at 255 instead of scaling.
+        import numpy as np
+
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        top = 65535.0 if values.max(initial=0.0) > 255 else 255.0
+        image = Image.fromarray((np.clip(values / top, 0, 1) * 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        image = Image.alpha_composite(white, rgba)
+    return image.convert("RGB")

@@ -1,0 +1,371 @@
+"""`IPN`: a backbone and four stages, and the ways to ask it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import pluggy
+import torch
+from torch import Tensor, nn
+
+from ipn_core.answer import Answer, Answers
+from ipn_core.clock import Clock
+from ipn_core.config import ComponentConfig, IPNConfig
+from ipn_core.dialogue import Dialogue
+from ipn_core.engine import Engine
+from ipn_core.errors import ConfigError, IPNError, PluginError
+from ipn_core.generate import decode
+from ipn_core.hooks import PROJECT, StageSpec
+from ipn_core.images import load_image
+from ipn_core.plan import Planner
+from ipn_core.plugins import Registry, get_registry
+from ipn_core.prompt import Prompt
+from ipn_core.slots import Slots
+from ipn_core.stages import (
+    Connector,
+    Dims,
+    Injector,
+    Interaction,
+    PerceiveContext,
+    Percept,
+    Perceiver,
+    Requester,
+    VisionEncoder,
+)
+from ipn_core.tasks import Picture
+
+if TYPE_CHECKING:
+    from ipn_core.backbone import Backbone
+    from ipn_core.features import VisualFeatures
+
+__all__ = ["IPN"]
+
+
+class IPN(nn.Module):
+    """A frozen language model that can look at pictures.
+
+    Attributes:
+        config: everything that makes the model, resolved.
+        backbone: the LLM; frozen.
+        perceiver, requester, interaction, injector: the four stages; the last three are None
+            for strategies that need no request.
+        slots: the learned embeddings of `<img>`, `<img-q>`, `<img-d>`.
+        pm: the model's own plugin manager; wrap a stage by registering a wrapper on it.
+        name: what the model was loaded as, for reports.
+    """
+
+    def __init__(
+        self,
+        config: IPNConfig,
+        backbone: Backbone,
+        perceiver: Perceiver,
+        requester: Requester | None = None,
+        interaction: Interaction | None = None,
+        injector: Injector | None = None,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.perceiver = perceiver
+        self.requester = requester
+        self.interaction = interaction
+        self.injector = injector
+        self.name = name
+        self.slots = Slots(
+            config.layout.request,
+            config.layout.dynamic,
+            backbone.lm.get_input_embeddings().weight,
+        ).to(backbone.device)
+        self.pm = pluggy.PluginManager(PROJECT)
+        self.pm.add_hookspecs(StageSpec)
+        self.encoder.requires_grad_(False)
+        for stage in (perceiver, requester, interaction, injector):
+            if stage is not None:
+                stage.to(backbone.device)
+                self.pm.register(stage)
+        self.planner = Planner(
+            backbone.tokenizer, backbone.template, config.layout, config.prompt.system
+        )
+        self.engine = Engine(self)
+        self.eval()
+
+    # -- building --------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(
+        cls,
+        config: IPNConfig | Mapping[str, Any],
+        *,
+        backbone: Backbone | None = None,
+        encoder: VisionEncoder | None = None,
+        registry: Registry | None = None,
+        name: str = "",
+    ) -> Self:
+        """Build a model with new stages.
+
+        Args:
+            config: a config, or a mapping in which a strategy's preset is filled in.
+            backbone: a ready backbone, else the one that the config names is loaded.
+            encoder: a ready encoder, else the one that the config names is built.
+            registry: where names are looked up, by default everything installed.
+            name: what to call the model in reports.
+
+        Raises:
+            UserError: a name is unknown, a key is wrong, or a component cannot be built.
+        """
+        registry = registry or get_registry()
+        if not isinstance(config, IPNConfig):
+            config = IPNConfig.resolve(config, registry, "config")
+        if backbone is None:
+            backbone = registry.get("backbone", config.backbone.name).load().load(config.backbone)
+        build = _Builder(registry)
+        if encoder is None:
+            encoder = build("perceiver", config.encoder)
+        layout = config.layout
+        dims = Dims(
+            encoder.width,
+            backbone.D_in,
+            backbone.D_hidden,
+            backbone.D_out,
+            0,
+            layout.request,
+            layout.dynamic if layout.rounds else 0,
+        )
+        perceiver: Perceiver = encoder
+        if config.perceive is not None:
+            perceiver = build("perceiver", config.perceive, dims, encoder)
+            dims = _with(dims, S=perceiver.static_tokens or 0)
+        if not layout.rounds:
+            return cls(config, backbone, perceiver, name=name)
+        requester = build("requester", config.request, dims)
+        dims = _with(dims, D_request=requester.width)
+        interaction = build("interaction", config.interact, dims)
+        dims = _with(dims, Dm=interaction.width)
+        injector = build("injector", config.inject, dims)
+        return cls(config, backbone, perceiver, requester, interaction, injector, name)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        interact: str | None = None,
+        untrained: bool = False,
+        backbone: Backbone | None = None,
+        encoder: VisionEncoder | None = None,
+        registry: Registry | None = None,
+    ) -> Self:
+        """Load a model by name, folder or hub id.
+
+        Args:
+            source: a name of `ipn models list`, a checkpoint folder, or a hub id.
+            interact: which of its strategies; by default the one it names first.
+            untrained: build `interact` with new weights when there are none for it.
+            backbone, encoder: ready ones to share among models.
+            registry: where names are looked up.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, pickled, or does not fit the config.
+            UnknownNameError: there is no such model, or no such strategy in it.
+        """
+        from ipn_core.checkpoint import load
+
+        model = load(
+            cls,
+            source,
+            interact=interact,
+            untrained=untrained,
+            backbone=backbone,
+            encoder=encoder,
+            registry=registry,
+        )
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save the config and everything trained; backbone and encoder are named, not copied."""
+        from ipn_core.checkpoint import save
+
+        save(self, Path(folder))
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    @property
+    def encoder(self) -> VisionEncoder:
+        """The vision encoder inside the perceiver."""
+        inner = self.perceiver
+        found = inner.encoder if isinstance(inner, Connector) else inner
+        assert isinstance(found, VisionEncoder)
+        return found
+
+    @property
+    def strategy(self) -> str:
+        """The strategy's name, or the interaction's where the config started from no preset."""
+        if self.config.strategy:
+            return self.config.strategy
+        part = self.config.interact or self.config.perceive or self.config.encoder
+        return part.name
+
+    @property
+    def stage_dtype(self) -> torch.dtype:
+        """The dtype of the stages' weights; requests and messages are cast at the borders."""
+        return self.slots.request.dtype
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Everything that belongs into a checkpoint: all but the backbone and a frozen encoder."""
+        frozen_encoder = not any(p.requires_grad for p in self.encoder.parameters())
+        skipped = ["backbone."]
+        if frozen_encoder:
+            skipped.append("perceiver.encoder." if self._connected else "perceiver.")
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(tuple(skipped))}
+
+    @property
+    def _connected(self) -> bool:
+        return isinstance(self.perceiver, Connector)
+
+    def label(self, stage: str) -> str:
+        """Return who brought a stage, such as "plugin ipn-rvii 0.1.0", for messages."""
+        kind, part = {
+            "perceive": ("perceiver", self.config.perceive or self.config.encoder),
+            "request": ("requester", self.config.request),
+            "interact": ("interaction", self.config.interact),
+            "inject": ("injector", self.config.inject),
+        }[stage]
+        found = get_registry().entries(kind).get(part.name) if part else None
+        return f"plugin {found.plugin.label}" if found else "a local class"
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the stages' mode; the backbone and a frozen encoder stay in eval mode."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.encoder.parameters()):
+            self.encoder.eval()
+        return self
+
+    @contextlib.contextmanager
+    def observing(self, plugin: object) -> Iterator[object]:
+        """Register a plugin with wrappers around stages for the length of the block."""
+        self.pm.register(plugin)
+        try:
+            yield plugin
+        finally:
+            self.pm.unregister(plugin)
+
+    # -- asking ----------------------------------------------------------------------------------
+
+    def perceive(
+        self,
+        images: Sequence[Sequence[Any]],
+        questions: Sequence[str],
+        features: VisualFeatures | None = None,
+    ) -> Percept:
+        """Perceive the pictures of a batch.
+
+        Args:
+            images: for each sample, its pictures (paths, bytes, PIL images, arrays, `Picture`s).
+            questions: for each sample, its question.
+            features: what the encoder makes of them, if it is known.
+        """
+        opened = [[_open(image) for image in row] for row in images] if features is None else []
+        context = PerceiveContext(opened, list(questions), features)
+        try:
+            percept: Percept = self.pm.hook.perceive(context=context)
+        except IPNError:
+            raise
+        except Exception as error:
+            raise self._blame("perceive", error) from error
+        return percept
+
+    def ask(self, image: Any, question: str, **options: Any) -> Answer:
+        """Ask one question about one picture.
+
+        Args:
+            image: a path, bytes, a PIL image, an array (h, w, 3), or several in a list.
+            question: the user's words.
+            options: transformers' generation options.
+        """
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        prompt = Prompt.ask(question, images, order=self.config.layout.order)
+        return self.generate([prompt], **options)[0]
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> Answers:
+        """Answer a batch of prompts.
+
+        Args:
+            prompts: of any length, with any number of pictures each.
+            options: transformers' generation options; with several sequences a prompt, the
+                answers of one prompt stand side by side.
+        """
+        clock = Clock(self.backbone.device)
+        plans = [self.planner.plan(prompt) for prompt in prompts]
+        percept = self.perceive([p.images for p in plans], [p.question for p in plans])
+        clock.lap("perceive")
+        answers, _, _ = decode(self, plans, percept, options, clock)
+        return answers
+
+    def dialogue(self, images: Sequence[Any] = ()) -> Dialogue:
+        """Start a dialogue about pictures; see `Dialogue.ask`."""
+        return Dialogue(self, images)
+
+    def forward(
+        self, prompts: Sequence[Prompt], features: VisualFeatures | None = None
+    ) -> tuple[Tensor, int]:
+        """Return the summed loss of the answers to learn and the number of their tokens.
+
+        Args:
+            prompts: each ends with an answer to learn.
+            features: what the encoder makes of their pictures, if it is known.
+        """
+        plans = [self.planner.plan(prompt) for prompt in prompts]
+        percept = self.perceive([p.images for p in plans], [p.question for p in plans], features)
+        loss, count, _ = self.engine.loss(plans, percept)
+        return loss, count
+
+    def _blame(self, stage: str, error: Exception) -> PluginError:
+        return PluginError(
+            f"stage {stage} of {self.label(stage)} failed: {type(error).__name__}: {error}"
+        )
+
+
+class _Builder:
+    """Builds components from their configs, with errors that name the plugin."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+
+    def __call__(self, kind: str, spec: ComponentConfig | None, *args: Any) -> Any:
+        assert spec is not None
+        component = self.registry.get(kind, spec.name)
+        target = component.load()
+        schema = component.load_config() or target.Config
+        options = spec.options
+        if schema is None:
+            if options:
+                raise ConfigError(
+                    f"{kind} '{spec.name}' takes no options, got {', '.join(sorted(options))}."
+                )
+            config = None
+        else:
+            config = schema.parse(options, f"{kind} {spec.name}")
+        try:
+            return target(config, *args)
+        except IPNError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"{kind} '{spec.name}' of {component.plugin.label} cannot be built: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def _with(dims: Dims, **changes: int) -> Dims:
+    from dataclasses import replace
+
+    return replace(dims, **changes)
+
+
+def _open(image: Any) -> Any:
+    return image.load() if isinstance(image, Picture) else load_image(image)

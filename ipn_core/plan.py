@@ -1,0 +1,345 @@
+"""From a prompt to token plans: ids, slots and segments.
+
+The chat template is rendered once with placeholders that cannot occur in text; the rendered text
+is tokenised in one piece, with the slots as added tokens that split it, so that text without slots
+gets exactly the tokenizer's own ids. Special tokens that a user typed are tokenised as text.
+"""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ipn_core.errors import PromptError
+from ipn_core.prompt import Ids, Prompt, Shown, Text, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ipn_core.config import Layout
+
+__all__ = ["DynamicSlot", "ImageSlot", "Plan", "Planner", "RequestSlot", "Tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A run of text.
+
+    Attributes:
+        ids: its token ids.
+        learn: whether training predicts them.
+    """
+
+    ids: tuple[int, ...]
+    learn: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSlot:
+    """`<img>`: where a picture's static tokens go; `image` counts the pictures of the prompt."""
+
+    image: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSlot:
+    """`<img-q>`: R positions whose hidden states become the request; ends a segment.
+
+    Attributes:
+        round: 0 for the first look of its turn.
+        images: how many of the prompt's pictures stand before it.
+    """
+
+    round: int
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicSlot:
+    """`<img-d>`: K positions that the look before them fills."""
+
+    round: int
+
+
+Piece = Tokens | ImageSlot | RequestSlot | DynamicSlot
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tokens of one prompt in order, with its slots.
+
+    Attributes:
+        pieces: runs of ids and slots.
+        images: the pictures, in the order in which the image slots count them.
+        question: the text of the last user's turn.
+    """
+
+    pieces: tuple[Piece, ...]
+    images: tuple[Any, ...] = ()
+    question: str = ""
+    _segments: list[tuple[Piece, ...]] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def segments(self) -> list[tuple[Piece, ...]]:
+        """The pieces cut after every request slot."""
+        if not self._segments:
+            current: list[Piece] = []
+            for piece in self.pieces:
+                current.append(piece)
+                if isinstance(piece, RequestSlot):
+                    self._segments.append(tuple(current))
+                    current = []
+            self._segments.append(tuple(current))
+        return self._segments
+
+    @property
+    def rounds(self) -> int:
+        """How many looks the prompt has over all its turns."""
+        return sum(isinstance(p, RequestSlot) for p in self.pieces)
+
+    @property
+    def entries(self) -> list[int | Piece]:
+        """One entry a token (its id) or slot."""
+        return [x for p in self.pieces for x in (p.ids if isinstance(p, Tokens) else (p,))]
+
+    def after(self, fed: Sequence[int | Piece]) -> Plan | None:
+        """Return what is left of the plan once `fed` is in the cache; None if it is no prefix."""
+        mine = self.entries
+        if mine[: len(fed)] != list(fed):
+            return None
+        rest: list[Piece] = []
+        for entry in mine[len(fed) :]:
+            if not isinstance(entry, int):
+                rest.append(entry)
+            elif rest and isinstance(rest[-1], Tokens):
+                rest[-1] = Tokens((*rest[-1].ids, entry))
+            else:
+                rest.append(Tokens((entry,)))
+        return Plan(tuple(rest), self.images, self.question)
+
+
+class Planner:
+    """Turns prompts into plans for one tokenizer, chat template and layout."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        layout: Layout,
+        system: str | None = None,
+    ) -> None:
+        self.layout = layout
+        self.system = system
+        self.template = template
+        self._original = tokenizer
+        nonce = secrets.token_hex(8)
+        self._slot_mark = f"\ue000ipn-slot-{nonce}\ue001"
+        self._content_mark = f"\ue000ipn-content-{nonce}-%d\ue001"
+        self._special = self._special_tokens(tokenizer)
+        self._escapes = {
+            text: f"\ue000ipn-text-{nonce}-{i}\ue001" for i, text in enumerate(self._special)
+        }
+        # Slots and escaped special tokens are added to a copy: the user's tokenizer is untouched.
+        self._tokenizer = copy.deepcopy(tokenizer)
+        from tokenizers import AddedToken
+
+        marks = [self._slot_mark, *self._escapes.values()]
+        self._tokenizer.add_tokens(
+            [AddedToken(m, special=True, normalized=False) for m in marks], special_tokens=True
+        )
+        ids = self._tokenizer.convert_tokens_to_ids(marks)
+        self._slot_id = ids[0]
+        self._escape_ids = {
+            id_: tuple(
+                tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            )
+            for id_, text in zip(ids[1:], self._escapes, strict=True)
+        }
+        self._trims = self._template_trims()
+
+    def plan(self, prompt: Prompt) -> Plan:
+        """Plan a prompt.
+
+        Raises:
+            PromptError: it has no user's turn, pictures outside a user's turn, or the chat
+                template refuses its turns.
+        """
+        turns = list(prompt.turns)
+        if self.system is not None and not (turns and turns[0].role == "system"):
+            turns.insert(0, Turn("system", (Text(self.system),)))
+        if not any(turn.role == "user" for turn in turns):
+            raise PromptError("a prompt needs a user's turn. Ask something.")
+        runs, slots = self._render(turns)
+        pieces = list(self._tokenise(runs, slots))
+        return Plan(tuple(pieces), prompt.images, prompt.question)
+
+    # -- rendering -------------------------------------------------------------------------------
+
+    def _render(self, turns: Sequence[Turn]) -> tuple[str, list[Piece]]:
+        """Return the rendered text with slot marks, and the slots in the order of the marks."""
+        continues = turns[-1].role != "assistant"
+        marks = [self._content_mark % i for i in range(len(turns))]
+        text = self._apply(turns, marks, continues)
+        slots: list[Piece] = []
+        state = _Count()
+        for mark, turn in zip(marks, turns, strict=True):
+            if text.count(mark) != 1:
+                raise PromptError(
+                    f"the chat template shows a {turn.role}'s turn {text.count(mark)} times; "
+                    "it must show each once. Leave the system message out, or use another template."
+                )
+            rendered = self._content(turn, state, slots)
+            if rendered == self._slot_mark and turn.role == "assistant":
+                # Generated ids carry the space after "ASSISTANT:" themselves.
+                gap = self._gap(turns[: turns.index(turn)], marks)
+                head, tail = text.split(mark)
+                text = head.removesuffix(gap) + mark + tail
+                if turn.learn:
+                    # What ends the answer belongs to it: the end of the template's closer.
+                    closer = self._closer(tail)
+                    text = text.replace(mark + closer, mark)
+                    slots[-1] = self._learned(turn, gap, closer)
+            text = text.replace(mark, rendered)
+        if turns[-1].learn:
+            text = text[: text.rindex(self._slot_mark) + len(self._slot_mark)]
+        return text, slots
+
+    def _gap(self, before: Sequence[Turn], marks: Sequence[str]) -> str:
+        """White space that the template puts before an answer but not at the end of a prompt."""
+        if not before:
+            return ""
+        bare, probe = marks[: len(before)], self._content_mark % len(before)
+        start = self._apply(before, bare, True)
+        whole = self._apply([*before, Turn("assistant", (Text(""),))], [*bare, probe], False)
+        gap = whole[len(start) : whole.find(probe)] if whole.startswith(start) else ""
+        return gap if gap.isspace() else ""
+
+    def _apply(self, turns: Sequence[Turn], marks: Sequence[str], continues: bool) -> str:
+        import jinja2
+
+        messages = [{"role": t.role, "content": m} for t, m in zip(turns, marks, strict=True)]
+        try:
+            return str(
+                self._original.apply_chat_template(
+                    messages,
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=continues,
+                )
+            )
+        except (jinja2.TemplateError, ValueError) as error:
+            raise PromptError(f"the chat template refuses these turns: {error}") from None
+
+    def _content(self, turn: Turn, state: _Count, slots: list[Piece]) -> str:
+        if turn.learn or any(isinstance(c, Ids) for c in turn.content):
+            ids = turn.content[0].ids if isinstance(turn.content[0], Ids) else ()
+            slots.append(Tokens(ids))
+            return self._slot_mark
+        text, looks = "", self.layout.rounds if turn.role == "user" else 0
+        before = state.images
+        content = list(turn.content)
+        if self._trims and content and isinstance(content[0], Text):
+            content[0] = Text(content[0].text.lstrip())
+        if self._trims and content and isinstance(content[-1], Text):
+            content[-1] = Text(content[-1].text.rstrip())
+        pictures = sum(isinstance(c, Shown) for c in content)
+        look = self._look(looks, before + pictures)
+        order = self.layout.order
+        look_first = order.index("look") < order.index("text")
+        if look_first and look:
+            # The pictures come first whatever the order says: a look needs something to look at.
+            shown = [c for c in content if isinstance(c, Shown)]
+            content = [*shown, *(c for c in content if not isinstance(c, Shown))]
+        for index, piece in enumerate(content):
+            if look_first and look and index == pictures:
+                slots.extend(look)
+                text += self._slot_mark * len(look)
+            if isinstance(piece, Shown):
+                if turn.role != "user":
+                    raise PromptError(f"a picture stands in a {turn.role}'s turn.")
+                slots.append(ImageSlot(state.images))
+                state.images += 1
+                text += self._slot_mark
+            elif isinstance(piece, Text):
+                text += self._escape(piece.text)
+        if look and not look_first:
+            slots.extend(look)
+            text += self._slot_mark * len(look)
+        return text
+
+    def _look(self, rounds: int, images: int) -> list[Piece]:
+        """The slots of a turn's looks; without a picture so far there is nothing to look at."""
+        if images == 0:
+            return []
+        look: list[Piece] = []
+        for round_ in range(rounds):
+            look += [RequestSlot(round_, images), DynamicSlot(round_)]
+        return look
+
+    def _closer(self, tail: str) -> str:
+        """The part of the template right after an answer that the LLM must learn to emit."""
+        ends = [t for t in self._special if tail.startswith(t)]
+        return max(ends, key=len, default="")
+
+    def _learned(self, turn: Turn, gap: str, closer: str) -> Tokens:
+        ids: list[int] = []
+        for piece in turn.content:
+            if isinstance(piece, Ids):
+                ids.extend(piece.ids)
+            elif isinstance(piece, Text):
+                text = piece.text.strip() if self._trims else piece.text
+                ids.extend(self._answer_ids(gap + text))
+        if closer:
+            ids.append(int(self._original.convert_tokens_to_ids(closer)))
+        elif self._original.eos_token_id is not None:
+            ids.append(int(self._original.eos_token_id))
+        return Tokens(tuple(ids), learn=True)
+
+    def _answer_ids(self, text: str) -> list[int]:
+        found: list[int] = self._original(
+            text, add_special_tokens=False, split_special_tokens=True
+        )["input_ids"]
+        return found
+
+    def _escape(self, text: str) -> str:
+        """Replace special tokens in the user's text by marks that become text again."""
+        for special in sorted(self._escapes, key=len, reverse=True):
+            text = text.replace(special, self._escapes[special])
+        return text
+
+    # -- tokenising ------------------------------------------------------------------------------
+
+    def _tokenise(self, text: str, slots: Sequence[Piece]) -> Iterator[Piece]:
+        encoded = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        waiting = iter(slots)
+        run: list[int] = []
+        for id_ in encoded:
+            if id_ == self._slot_id:
+                if run:
+                    yield Tokens(tuple(run))
+                run = []
+                piece = next(waiting)
+                if not isinstance(piece, Tokens) or piece.ids:
+                    yield piece
+            else:
+                run.extend(self._escape_ids.get(id_, (id_,)))
+        if run:
+            yield Tokens(tuple(run))
+
+    @staticmethod
+    def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        added = [str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
+        return sorted({*tokenizer.all_special_tokens, *added} - {""})
+
+    def _template_trims(self) -> bool:
+        """Whether the template strips a turn's white space (some do), which we then do too."""
+        probe = [Turn("user", (Text("x"),))]
+        return " x " not in self._apply(probe, [" x "], True)
+
+
+@dataclass
+class _Count:
+    images: int = 0

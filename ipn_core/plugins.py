@@ -1,0 +1,256 @@
+"""Discovery: which components are installed, from which distribution, and what failed.
+
+Every distribution with an entry point in group `ipn` is a plugin. Its `register(registry)` hook
+adds components by name; a component may be given as a string `"module:Class"`, so that listing
+names imports nothing. A plugin that fails is reported and never takes the others down.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from ipn_core.errors import PluginError, UserError, unknown_name
+from ipn_core.hooks import PROJECT, DiscoverySpec
+
+__all__ = ["KINDS", "Component", "Fault", "Plugin", "Registry", "discover", "get_registry"]
+
+KINDS = (
+    "attention",
+    "backbone",
+    "injector",
+    "interaction",
+    "perceiver",
+    "requester",
+    "strategy",
+    "task",
+    "weights",
+)
+"""The kinds of component; each is also the name of the registry's method that adds one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One registered name.
+
+    Attributes:
+        kind: one of `KINDS`.
+        name: what configs and the command line call it.
+        target: the class or object, or `"module:attribute"`, imported on first use.
+        config: its config class or `"module:Class"`, or None where it takes none.
+        plugin: the plugin that registered it.
+    """
+
+    kind: str
+    name: str
+    target: Any
+    config: Any
+    plugin: Plugin
+
+    def load(self) -> Any:
+        """Import and return the target.
+
+        Raises:
+            PluginError: the import failed; the text names the plugin and its version.
+        """
+        return self._resolve(self.target)
+
+    def load_config(self) -> Any:
+        """Import and return the config class, or None."""
+        return self._resolve(self.config)
+
+    def _resolve(self, target: Any) -> Any:
+        if not isinstance(target, str):
+            return target
+        module, _, attribute = target.partition(":")
+        try:
+            found: Any = importlib.import_module(module)
+            for part in attribute.split("."):
+                found = getattr(found, part)
+        except Exception as error:
+            raise PluginError(
+                f"{self.kind} '{self.name}' of {self.plugin.label} cannot be imported from "
+                f"'{target}': {type(error).__name__}: {error}. Reinstall or upgrade it, or leave "
+                f"it out with IPN_PLUGINS."
+            ) from error
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """An installed plugin: the entry point's name and the distribution it came from."""
+
+    name: str
+    distribution: str
+    version: str
+
+    @property
+    def label(self) -> str:
+        """Return "ipn-rvii 0.1.0" for messages."""
+        return f"{self.distribution} {self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What went wrong with a plugin."""
+
+    plugin: Plugin
+    reason: str
+
+
+class Registry:
+    """The components by kind and name, with the plugins that brought them and their faults."""
+
+    def __init__(self) -> None:
+        self.components: dict[str, dict[str, Component]] = {kind: {} for kind in KINDS}
+        self.plugins: list[Plugin] = []
+        self.faults: list[Fault] = []
+
+    def entries(self, kind: str) -> dict[str, Component]:
+        """Return the components of a kind by name."""
+        return self.components[kind]
+
+    def get(self, kind: str, name: str) -> Component:
+        """Return one component.
+
+        Raises:
+            UnknownNameError: no plugin registered that name; the text lists those there are.
+        """
+        found = self.components[kind].get(name)
+        if found is None:
+            raise unknown_name(kind, name, self.components[kind], "ipn plugins")
+        return found
+
+    def of(self, plugin: Plugin) -> Iterator[Component]:
+        """Yield the components that a plugin registered."""
+        for by_name in self.components.values():
+            yield from (c for c in by_name.values() if c.plugin == plugin)
+
+
+class _Registrar:
+    """What `register(registry)` receives: one method per kind, on behalf of one plugin.
+
+    Components are collected here and added only when the whole hook has succeeded, so that a
+    plugin that fails half-way leaves nothing behind.
+    """
+
+    def __init__(self, registry: Registry, plugin: Plugin) -> None:
+        self._registry = registry
+        self._plugin = plugin
+        self.added: list[Component] = []
+        self.refused: list[str] = []
+
+    def __getattr__(self, kind: str) -> Callable[..., None]:
+        if kind not in KINDS:
+            raise AttributeError(
+                f"the registry has no kind '{kind}': it has {', '.join(KINDS)}"
+            )
+
+        def add(name: str, target: Any, config: Any = None) -> None:
+            mine = any(c.kind == kind and c.name == name for c in self.added)
+            holder = self._registry.components[kind].get(name)
+            if holder is not None or mine:
+                owner = holder.plugin.label if holder else self._plugin.label
+                self.refused.append(f"{kind} '{name}' is already taken by {owner}")
+                return
+            self.added.append(Component(kind, name, target, config, self._plugin))
+
+        return add
+
+
+@dataclass
+class _Discovery:
+    registry: Registry = field(default_factory=Registry)
+
+    def run(self, points: list[EntryPoint], only: set[str] | None) -> Registry:
+        points = sorted(points, key=lambda p: (p.name, p.dist.name if p.dist else ""))
+        if only is not None:
+            unknown = only - {p.name for p in points}
+            if unknown:
+                raise unknown_name(
+                    "plugin in IPN_PLUGINS",
+                    sorted(unknown)[0],
+                    {p.name for p in points},
+                    "ipn plugins",
+                )
+            points = [p for p in points if p.name in only]
+        for point in points:
+            self._add(point)
+        return self.registry
+
+    def _add(self, point: EntryPoint) -> None:
+        plugin = Plugin(
+            point.name,
+            point.dist.name if point.dist else point.value,
+            point.dist.version if point.dist else "unknown",
+        )
+        self.registry.plugins.append(plugin)
+        try:
+            module = point.load()
+        except Exception as error:
+            self._fault(plugin, f"import failed: {type(error).__name__}: {error}")
+            return
+        self.register(plugin, module)
+
+    def register(self, plugin: Plugin, module: ModuleType | object) -> None:
+        registrar = _Registrar(self.registry, plugin)
+        # A manager of its own for each plugin: one that raises cannot stop the next one.
+        manager = pluggy.PluginManager(PROJECT)
+        manager.add_hookspecs(DiscoverySpec)
+        try:
+            manager.register(module, name=plugin.name)
+            manager.check_pending()
+            if not manager.hook.register.get_hookimpls():
+                self._fault(plugin, "it has no `@hookimpl def register(registry)`")
+                return
+            manager.hook.register(registry=registrar)
+        except Exception as error:
+            self._fault(plugin, f"{type(error).__name__}: {error}")
+            return
+        for component in registrar.added:
+            self.registry.components[component.kind][component.name] = component
+        for reason in registrar.refused:
+            self._fault(plugin, reason)
+
+    def _fault(self, plugin: Plugin, reason: str) -> None:
+        self.registry.faults.append(Fault(plugin, reason))
+
+
+def discover(only: str | None = None) -> Registry:
+    """Load every installed plugin and return what they registered.
+
+    Args:
+        only: entry-point names separated by commas; an empty text loads none, None loads all.
+    """
+    names = None if only is None else {n.strip() for n in only.split(",") if n.strip()}
+    return _Discovery().run(list(entry_points(group=PROJECT)), names)
+
+
+@cache
+def get_registry() -> Registry:
+    """Return the process-wide registry, filled on the first call; `IPN_PLUGINS` limits it."""
+    return discover(os.environ.get("IPN_PLUGINS"))
+
+
+def add_plugin(registry: Registry, name: str, module: object) -> Plugin:
+    """Register a module or object by hand, for tests and notebooks.
+
+    Raises:
+        UserError: the plugin is faulty; the text holds the reasons.
+    """
+    plugin = Plugin(name, name, "local")
+    before = len(registry.faults)
+    registry.plugins.append(plugin)
+    _Discovery(registry).register(plugin, module)
+    faults = registry.faults[before:]
+    if faults:
+        raise UserError(f"plugin '{name}': " + "; ".join(f.reason for f in faults) + ".")
+    return plugin

@@ -1,0 +1,145 @@
+"""Tasks: pictures, questions and answers, from a plugin or from a JSONL file."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipn_core.errors import DataError, near
+from ipn_core.images import load_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Example", "JsonlTask", "Picture", "Task"]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture that is opened when it is needed.
+
+    Attributes:
+        name: says the same of the same picture within a task, such as its path.
+        load: returns it as RGB.
+    """
+
+    name: str
+    load: Callable[[], Image.Image]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question about zero or more pictures.
+
+    Attributes:
+        question: the user's words.
+        answers: the accepted answers; the first one is the target in training.
+        images: the pictures, in the order in which the prompt shows them.
+        type: the kind of question, for reports.
+    """
+
+    question: str
+    answers: tuple[str, ...]
+    images: tuple[Picture, ...]
+    type: str = "all"
+
+
+class Task(ABC):
+    """A source of examples, registered with `registry.task(name, ...)`."""
+
+    splits: tuple[str, ...] = ("test",)
+    default_split: str = "test"
+
+    @abstractmethod
+    def examples(self, split: str) -> Sequence[Example]:
+        """Return the examples of a split, the same and in the same order everywhere.
+
+        Raises:
+            DataError: there is no such split, or its data is malformed.
+        """
+
+    def check_split(self, split: str) -> None:
+        """Raise `DataError` unless `split` is one of `splits`."""
+        if split not in self.splits:
+            raise DataError(
+                f"unknown split '{split}': this task has {', '.join(self.splits)}"
+                f"{near(split, self.splits)}."
+            )
+
+
+class JsonlTask(Task):
+    """Examples from a file with one JSON object a line.
+
+    Each line is `{"image": path relative to the file, "question": …, "answer": … or […],
+    "type": optional}`; `image` may be a list of paths.
+    """
+
+    splits = ("all",)
+    default_split = "all"
+    keys = ("image", "question", "answer", "type")
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def examples(self, split: str = "all") -> Sequence[Example]:
+        """Return the file's examples; every line is checked before the first is returned."""
+        self.check_split(split)
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise DataError(f"no such file: '{self.path}'. Give a task or a JSONL file.") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"'{self.path}' is not UTF-8 text ({error}).") from None
+        except OSError as error:
+            raise DataError(f"'{self.path}' cannot be read ({error.strerror}).") from None
+        examples = [
+            self._parse(number, line)
+            for number, line in enumerate(text.split("\n"), start=1)
+            if line.strip()
+        ]
+        if not examples:
+            raise DataError(f"'{self.path}' holds no examples.")
+        return examples
+
+    def _parse(self, number: int, line: str) -> Example:
+        def fail(why: str) -> DataError:
+            wanted = '{"image": "a.png", "question": "…", "answer": "…"}'
+            return DataError(f"'{self.path}' line {number}: {why}. Each line is like {wanted}.")
+
+        try:
+            row: Any = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise fail(f"not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise fail(f"expected an object, got {type(row).__name__}")
+        for key in row:
+            if key not in self.keys:
+                raise fail(f"unknown key '{key}'{near(key, self.keys)}")
+        question = row.get("question")
+        if not isinstance(question, str) or not question.strip():
+            raise fail(f"'question' must be a non-empty text, got {question!r}")
+        answers = self._texts(row.get("answer"))
+        if not answers:
+            raise fail(f"'answer' must be a text or a list of texts, got {row.get('answer')!r}")
+        paths = self._texts(row.get("image"))
+        if not paths:
+            raise fail(f"'image' must be a path or a list of paths, got {row.get('image')!r}")
+        kind = row.get("type", "all")
+        if not isinstance(kind, str) or not kind:
+            raise fail(f"'type' must be a text, got {kind!r}")
+        return Example(question, answers, tuple(self._picture(p, fail) for p in paths), kind)
+
+    @staticmethod
+    def _texts(value: Any) -> tuple[str, ...]:
+        values = value if isinstance(value, list) else [value]
+        return tuple(values) if all(isinstance(v, str) and v.strip() for v in values) else ()
+
+    def _picture(self, name: str, fail: Callable[[str], DataError]) -> Picture:
+        path = self.path.parent / name
+        if not path.is_file():
+            raise fail(f"no such image: '{path}'")
+        return Picture(str(path), lambda: load_image(path))

@@ -1,0 +1,1 @@
+"""The `static` strategy: visual tokens that no question changes."""

@@ -1,0 +1,1 @@
+"""Perceivers on Hugging Face vision towers."""
