@@ -222,6 +222,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 def set_by_path(values: dict[str, Any], assignment: str) -> None:
     """Apply one `key.key=value` from the command line; the value is read as YAML.
 
+    Items of a list are named by index, or by their `name`: `stages.align.steps=10`.
+
     Raises:
         ConfigError: there is no '=', or a key leads through something that is no mapping.
     """
@@ -234,14 +236,29 @@ def set_by_path(values: dict[str, Any], assignment: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"'{assignment}': {' '.join(str(error).split())}.") from None
     inner: Any = values
-    for key in keys[:-1]:
-        step = inner.setdefault(key, {}) if isinstance(inner, dict) else None
+    for index, key in enumerate(keys):
+        here = ".".join(keys[:index]) or "the config"
+        at: Any = key
+        if isinstance(inner, list):
+            at = _place(inner, key, path)
+        elif not isinstance(inner, dict):
+            raise ConfigError(f"'{path}': '{here}' holds {inner!r}, which has no keys.")
+        if index == len(keys) - 1:
+            inner[at] = value
+            return
+        step = inner[at] if isinstance(inner, list) else inner.setdefault(at, {})
         if isinstance(step, str):
             # A bare component name stands for a mapping: `interact=rvii interact.width=64`.
-            step = inner[key] = {"name": step}
-        if not isinstance(step, (dict, list)):
-            raise ConfigError(f"'{path}': '{key}' holds {step!r}, which has no keys.")
+            step = inner[at] = {"name": step}
         inner = step
-        if isinstance(inner, list):
-            raise ConfigError(f"'{path}': '{key}' is a list; set it as a whole.")
-    inner[keys[-1]] = value
+
+
+def _place(items: list[Any], key: str, path: str) -> int:
+    """Find an item of a list by its index or, where the items have names, by its name."""
+    named = [item.get("name") for item in items if isinstance(item, dict)]
+    if key in named:
+        return next(i for i, x in enumerate(items) if isinstance(x, dict) and x.get("name") == key)
+    if key.isdecimal() and int(key) < len(items):
+        return int(key)
+    known = [n for n in named if isinstance(n, str)] or [f"0 to {len(items) - 1}"]
+    raise ConfigError(f"'{path}': no '{key}' in the list: it has {', '.join(known)}.")

@@ -62,10 +62,14 @@ class Dialogue:
         shown = [Shown(image) for image in (*self._waiting, *images)]
         order = model.config.layout.order
         text = [Text(question)]
-        content = [*shown, *text] if order.index("images") < order.index("text") else [
-            *text,
-            *shown,
-        ]
+        content = (
+            [*shown, *text]
+            if order.index("images") < order.index("text")
+            else [
+                *text,
+                *shown,
+            ]
+        )
         asked = Prompt.ask(question)  # refuses an empty question before anything is done
         prompt = Prompt((*self.prompt.turns, Turn(asked.turns[0].role, tuple(content))))
         plan = model.planner.plan(prompt)
@@ -87,9 +91,11 @@ class Dialogue:
         self._fed = [*fed, *entries, *([] if kept else answer.ids[:-1])]
         self._state = state
         self._percepts, self._waiting = percepts, []
-        closed = answer.ids[:-1] if answer.ids[-1:] and answer.ids[-1] in (
-            model.backbone.eos_ids
-        ) else answer.ids
+        closed = (
+            answer.ids[:-1]
+            if answer.ids[-1:] and answer.ids[-1] in (model.backbone.eos_ids)
+            else answer.ids
+        )
         self.prompt = prompt.then_assistant(closed)
         return answer
 
@@ -112,8 +118,9 @@ def _joined(percepts: Sequence[Percept], model: IPN) -> Percept:
         1,
         None
         if any(p.features.global_tokens is None for p in percepts)
-        else torch.cat([p.features.global_tokens for p in percepts if p.features.global_tokens
-                        is not None]),
+        else torch.cat(
+            [p.features.global_tokens for p in percepts if p.features.global_tokens is not None]
+        ),
         _looker(percepts),
     )
     tokens = [t for p in percepts if p.tokens is not None for t in p.tokens]

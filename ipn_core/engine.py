@@ -277,9 +277,7 @@ class Engine:
         if not index:
             return embeds
         where = torch.tensor(index, device=embeds.device)
-        return embeds.index_put(
-            (where[:, 0], where[:, 1]), torch.cat(values).to(embeds.dtype)
-        )
+        return embeds.index_put((where[:, 0], where[:, 1]), torch.cat(values).to(embeds.dtype))
 
     def _extend(self, segment: Segment, embeds: Tensor, state: State) -> dict[int, Tensor]:
         """Run the backbone over a segment; returns hidden states by layer, -1 the last."""
@@ -313,9 +311,7 @@ class Engine:
         ]
         return hidden
 
-    def _distinct(
-        self, segment: Segment, state: State
-    ) -> tuple[list[int], list[int]] | None:
+    def _distinct(self, segment: Segment, state: State) -> tuple[list[int], list[int]] | None:
         """Find rows of a first segment that hold the same tokens and no picture.
 
         Returns:
@@ -362,7 +358,7 @@ class Engine:
         """Request, interact and inject for the rows that look; returns each row's tokens."""
         if not segment.looks:
             return []
-        model, hook = self.model, self.model.pm.hook
+        model = self.model
         looks = segment.looks
         assert model.requester is not None
         context = RequestContext(
@@ -371,42 +367,49 @@ class Engine:
             looks[0].round,
             model.requester.layer,
         )
-        request: Request = hook.request(context=context)
-        self._check("request", model.requester, request.values, (len(looks), None, None))
+        request: Request = model.call("request", context=context)
+        self._check("request", request, len(looks), None, None)
         if clock:
             clock.lap("request")
         features = percept.features.select(
             [look.row for look in looks], [look.pictures for look in looks]
         ).to(dtype=model.stage_dtype)
         request = replace(request, return_map=return_map)
-        message: VisualMessage = hook.interact(request=request, features=features)
+        message: VisualMessage = model.call("interact", request=request, features=features)
         layout = model.config.layout
-        self._check("interact", model.interaction, message.values, (len(looks), None, None))
+        assert model.interaction is not None
+        self._check("interact", message, len(looks), layout.dynamic, model.interaction.width)
         if clock:
             clock.lap("interact")
-        injected = hook.inject(
-            message=message, context=InjectContext(model.slots.dynamic, looks[0].round)
+        injected = model.call(
+            "inject",
+            message=message,
+            context=InjectContext(model.slots.dynamic, looks[0].round),
         )
-        tokens = injected.tokens
-        self._check(
-            "inject", model.injector, tokens, (len(looks), layout.dynamic, model.backbone.D_in)
-        )
+        tokens = self._check("inject", injected, len(looks), layout.dynamic, model.backbone.D_in)
         if clock:
             clock.lap("inject")
         state.looks.append(LookRecord(looks, request, message, features))
         return list(zip(looks, tokens, strict=True))
 
-    def _check(
-        self, stage: str, module: Any, tensor: Any, expected: tuple[int | None, ...]
-    ) -> None:
+    def _check(self, stage: str, result: Any, *expected: int | None) -> Tensor:
+        """Return the tensor in a stage's result, if it has the shape that the engine needs."""
+        attribute, part = {
+            "request": ("values", "requester"),
+            "interact": ("values", "interaction"),
+            "inject": ("tokens", "injector"),
+        }[stage]
+        tensor = None if isinstance(result, Tensor) else getattr(result, attribute, None)
         fits = isinstance(tensor, Tensor) and tensor.ndim == len(expected)
         if not fits or any(e not in (None, g) for e, g in zip(expected, tensor.shape, strict=True)):
             wanted = ", ".join("·" if e is None else str(e) for e in expected)
-            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(result).__name__
+            module = type(getattr(self.model, part)).__name__
             raise ShapeError(
-                f"stage {stage} of {self.model.label(stage)} ({type(module).__name__}) returned "
+                f"stage {stage} of {self.model.label(stage)} ({module}) returned "
                 f"{got}, expected ({wanted})."
             )
+        return tensor
 
 
 def _padded(starts: Sequence[int], images: Sequence[Any]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ class ImageSpan:
         """Return h·w."""
         return self.grid[0] * self.grid[1]
 
+    def moved(self, sample: int, place: int) -> ImageSpan:
+        """Return the same patches as a picture of another sample."""
+        return replace(self, sample=sample, place=place)
+
 
 @dataclass(frozen=True, eq=False)
 class VisualFeatures:
@@ -45,7 +49,8 @@ class VisualFeatures:
 
     Attributes:
         values: (N, Dv) patch features, the pictures one after the other.
-        images: one span a picture, in the order of `values`.
+        images: one span a picture, in the order of the samples' prompts; several samples may
+            share the patches of one picture, at the same place in each prompt.
         batch: number of samples B; a sample may have no picture.
         global_tokens: (images, Dv) one summary a picture (a class token), or None.
         looker: perceives crops of the original pictures again, or None; see `look`.
@@ -58,10 +63,10 @@ class VisualFeatures:
     looker: Callable[[Sequence[Box]], VisualFeatures] | None = None
 
     def __post_init__(self) -> None:
-        expected = sum(span.length for span in self.images)
-        if self.values.ndim != 2 or self.values.shape[0] != expected:
+        needed = max((span.offset + span.length for span in self.images), default=0)
+        if self.values.ndim != 2 or self.values.shape[0] < needed:
             raise ShapeError(
-                f"VisualFeatures.values must be (N, Dv) with N = {expected}, the patches of "
+                f"VisualFeatures.values must be (N, Dv) with N >= {needed}, the patches of "
                 f"{len(self.images)} picture(s); got {tuple(self.values.shape)}."
             )
 
@@ -98,21 +103,29 @@ class VisualFeatures:
         for span in self.images:
             rows[span.sample].extend(range(span.offset, span.offset + span.length))
         width = max(self.lengths, default=0)
-        flat = [i for row in rows for i in row]
-        if flat == list(range(len(flat))) and all(len(row) == width for row in rows):
-            return None
+        if [i for row in rows for i in row] == list(range(self.batch * width)):
+            if self.values.shape[0] == self.batch * width:
+                return None
         padded = [row + [-1] * (width - len(row)) for row in rows]
         return torch.tensor(padded, device=self.values.device).reshape(self.batch, width)
 
-    def _pad(self, packed: Tensor) -> Tensor:
-        """Lay (N, …) out as (B, P, …), zeros where padded."""
+    def spread(self, packed: Tensor) -> Tensor:
+        """Lay what belongs to the packed patches, (N, …), out as (B, P, …), zeros where padded.
+
+        An interaction that maps `values` first and spreads the result maps each picture once,
+        however many questions are asked of it.
+        """
         if self._index is None:
             return packed.reshape(self.batch, -1, *packed.shape[1:])
         if packed.shape[0] == 0:
             return packed.new_zeros(*self._index.shape, *packed.shape[1:])
-        gathered = packed[self._index.clamp(min=0)]
-        real = (self._index >= 0).reshape(*self._index.shape, *[1] * (packed.ndim - 1))
-        return gathered * real.to(gathered.dtype)
+        index = self._index
+        gathered = packed.index_select(0, index.clamp(min=0).flatten())
+        gathered = gathered.reshape(*index.shape, *packed.shape[1:])
+        if bool(self.mask.all()):
+            return gathered
+        real = self.mask.reshape(*index.shape, *[1] * (packed.ndim - 1))
+        return gathered.masked_fill(~real, 0)
 
     @cached_property
     def mask(self) -> Tensor:
@@ -124,18 +137,37 @@ class VisualFeatures:
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Return the values as (B, P, Dv), zeros where padded, and the mask (B, P)."""
-        return self._pad(self.values), self.mask
+        return self.spread(self.values), self.mask
 
     def positions(self) -> Tensor:
         """Return (B, P, 2): each patch's centre (y, x) as fractions of its picture's sides."""
-        return self._pad(torch.cat([_centres(s.grid) for s in self.images] or [torch.zeros(0, 2)])
-                         .to(self.values.device))
+        return self._per_patch([_centres(span.grid) for span in self.images], (2,))
 
     def places(self) -> Tensor:
         """Return (B, P) long: the ordinal of the picture that each patch belongs to."""
-        parts = [torch.full((s.length,), s.place) for s in self.images]
-        packed = torch.cat(parts or [torch.zeros(0)]).to(self.values.device, torch.long)
-        return self._pad(packed)
+        parts = [torch.full((span.length,), span.place) for span in self.images]
+        return self._per_patch(parts, ()).long()
+
+    def packed_positions(self) -> tuple[Tensor, Tensor]:
+        """Return the positions (N, 2) and places (N,) of the packed patches, each once."""
+        positions = torch.zeros(self.values.shape[0], 2)
+        places = torch.zeros(self.values.shape[0], dtype=torch.long)
+        for offset, grid, place in {(s.offset, s.grid, s.place) for s in self.images}:
+            end = offset + grid[0] * grid[1]
+            positions[offset:end] = _centres(grid)
+            places[offset:end] = place
+        device = self.values.device
+        return positions.to(device), places.to(device)
+
+    def _per_patch(self, parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Lay one (h·w, …) tensor a picture out as (B, P, …), zeros where padded."""
+        laid = torch.zeros(self.batch, max(self.lengths, default=0), *shape)
+        filled = [0] * self.batch
+        for span, part in zip(self.images, parts, strict=True):
+            start = filled[span.sample]
+            laid[span.sample, start : start + span.length] = part
+            filled[span.sample] += span.length
+        return laid.to(self.values.device)
 
     def grids(self, sample: int) -> tuple[tuple[int, int], ...]:
         """Return the (h, w) of each picture of a sample, in prompt order."""
@@ -155,21 +187,22 @@ class VisualFeatures:
         )
         if whole and list(samples) == list(range(self.batch)):
             return self
-        kept: list[tuple[int, int]] = []
-        for row, sample in enumerate(samples):
-            mine = [i for i, span in enumerate(self.images) if span.sample == sample]
-            kept.extend((row, i) for i in mine[: None if pictures is None else pictures[row]])
-        spans = [self.images[i] for _, i in kept]
-        values = [self.values[s.offset : s.offset + s.length] for s in spans]
-        tokens = self.global_tokens
-        look = self.looker
-        return VisualFeatures.pack(
-            values or [self.values[:0]],
-            [s.grid for s in spans],
-            [row for row, _ in kept],
+        mine: dict[int, list[int]] = {}
+        for index, span in enumerate(self.images):
+            mine.setdefault(span.sample, []).append(index)
+        kept = [
+            (row, index)
+            for row, sample in enumerate(samples)
+            for index in mine.get(sample, [])[: None if pictures is None else pictures[row]]
+        ]
+        indices = [index for _, index in kept]
+        tokens, look = self.global_tokens, self.looker
+        return VisualFeatures(
+            self.values,
+            tuple(replace(self.images[index], sample=row) for row, index in kept),
             len(samples),
-            None if tokens is None else tokens[[i for _, i in kept]],
-            None if look is None else lambda boxes: look([(kept[b[0]][1], *b[1:]) for b in boxes]),
+            None if tokens is None else tokens[indices],
+            None if look is None else lambda boxes: look([(indices[b[0]], *b[1:]) for b in boxes]),
         )
 
     def look(self, boxes: Sequence[Box]) -> VisualFeatures:
@@ -200,9 +233,9 @@ class VisualFeatures:
                 )
         return self.looker(boxes)
 
-    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> (
-        VisualFeatures
-    ):
+    def to(
+        self, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> VisualFeatures:
         """Return the same features on another device or in another dtype."""
         tokens = self.global_tokens
         return replace(
@@ -212,6 +245,7 @@ class VisualFeatures:
         )
 
 
+@lru_cache(maxsize=64)
 def _centres(grid: tuple[int, int]) -> Tensor:
     height, width = grid
     y = (torch.arange(height) + 0.5) / height

@@ -105,9 +105,11 @@ def check_options(options: Mapping[str, Any]) -> None:
     """
     from transformers import GenerationConfig
 
-    known = {
-        name for name in GenerationConfig().to_dict() if not name.startswith("_")
-    } | set(SERVED_BY_CALL) | set(REFUSED)
+    known = (
+        {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
+        | set(SERVED_BY_CALL)
+        | set(REFUSED)
+    )
     for name, value in options.items():
         if name in _OURS:
             raise GenerationOptionError(
@@ -145,9 +147,7 @@ def prompt_processors(options: dict[str, Any], prompt: Sequence[Sequence[int]]) 
         "repetition_penalty": RepetitionPenaltyLogitsProcessor,
     }
     asked = {name: options.pop(name, None) for name in WITH_PROMPT_IDS}
-    return [
-        _WithPrompt(makers[name](value), prompt) for name, value in asked.items() if value
-    ]
+    return [_WithPrompt(makers[name](value), prompt) for name, value in asked.items() if value]
 
 
 class _WithPrompt:

@@ -15,10 +15,10 @@ import pluggy
 if TYPE_CHECKING:
     from ipn_core.plugins import Registry
     from ipn_core.stages import (
-        Injection,
         InjectContext,
-        Percept,
+        Injection,
         PerceiveContext,
+        Percept,
         Request,
         RequestContext,
         VisualFeatures,

@@ -30,8 +30,8 @@ from ipn_core.stages import (
     Injector,
     Interaction,
     PerceiveContext,
-    Percept,
     Perceiver,
+    Percept,
     Requester,
     VisionEncoder,
 )
@@ -270,13 +270,23 @@ class IPN(nn.Module):
         """
         opened = [[_open(image) for image in row] for row in images] if features is None else []
         context = PerceiveContext(opened, list(questions), features)
+        percept: Percept = self.call("perceive", context=context)
+        return percept
+
+    def call(self, stage: str, **arguments: Any) -> Any:
+        """Call a stage's hook: "perceive", "request", "interact" or "inject".
+
+        Raises:
+            PluginError: the stage or a wrapper around it failed; the text names it.
+        """
         try:
-            percept: Percept = self.pm.hook.perceive(context=context)
+            return getattr(self.pm.hook, stage)(**arguments)
         except IPNError:
             raise
         except Exception as error:
-            raise self._blame("perceive", error) from error
-        return percept
+            raise PluginError(
+                f"stage {stage} of {self.label(stage)} failed: {type(error).__name__}: {error}"
+            ) from error
 
     def ask(self, image: Any, question: str, **options: Any) -> Answer:
         """Ask one question about one picture.
@@ -323,11 +333,6 @@ class IPN(nn.Module):
         percept = self.perceive([p.images for p in plans], [p.question for p in plans], features)
         loss, count, _ = self.engine.loss(plans, percept)
         return loss, count
-
-    def _blame(self, stage: str, error: Exception) -> PluginError:
-        return PluginError(
-            f"stage {stage} of {self.label(stage)} failed: {type(error).__name__}: {error}"
-        )
 
 
 class _Builder:

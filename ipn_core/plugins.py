@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -18,16 +18,18 @@ from typing import Any
 
 import pluggy
 
+import ipn_core
 from ipn_core.errors import PluginError, UserError, unknown_name
 from ipn_core.hooks import PROJECT, DiscoverySpec
 
-__all__ = ["KINDS", "Component", "Fault", "Plugin", "Registry", "discover", "get_registry"]
+__all__ = ["KINDS", "Component", "Fault", "Plugin", "Registry", "discover", "get_registry", "identify"]
 
 KINDS = (
     "attention",
     "backbone",
     "injector",
     "interaction",
+    "objective",
     "perceiver",
     "requester",
     "strategy",
@@ -150,9 +152,7 @@ class _Registrar:
 
     def __getattr__(self, kind: str) -> Callable[..., None]:
         if kind not in KINDS:
-            raise AttributeError(
-                f"the registry has no kind '{kind}': it has {', '.join(KINDS)}"
-            )
+            raise AttributeError(f"the registry has no kind '{kind}': it has {', '.join(KINDS)}")
 
         def add(name: str, target: Any, config: Any = None) -> None:
             mine = any(c.kind == kind and c.name == name for c in self.added)
@@ -164,6 +164,10 @@ class _Registrar:
             self.added.append(Component(kind, name, target, config, self._plugin))
 
         return add
+
+
+CORE = EntryPoint("core", "ipn_core.builtin", PROJECT)
+"""The core's own components; they go through the same hook, and `IPN_PLUGINS` cannot drop them."""
 
 
 @dataclass
@@ -182,20 +186,17 @@ class _Discovery:
                     "ipn plugins",
                 )
             points = [p for p in points if p.name in only]
+        self._add(CORE)
         for point in points:
             self._add(point)
         return self.registry
 
     def _add(self, point: EntryPoint) -> None:
-        plugin = Plugin(
-            point.name,
-            point.dist.name if point.dist else point.value,
-            point.dist.version if point.dist else "unknown",
-        )
+        plugin = identify(point)
         self.registry.plugins.append(plugin)
         try:
             module = point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._fault(plugin, f"import failed: {type(error).__name__}: {error}")
             return
         self.register(plugin, module)
@@ -212,7 +213,7 @@ class _Discovery:
                 self._fault(plugin, "it has no `@hookimpl def register(registry)`")
                 return
             manager.hook.register(registry=registrar)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._fault(plugin, f"{type(error).__name__}: {error}")
             return
         for component in registrar.added:
@@ -224,14 +225,30 @@ class _Discovery:
         self.registry.faults.append(Fault(plugin, reason))
 
 
-def discover(only: str | None = None) -> Registry:
+def _origin(point: EntryPoint) -> tuple[str, str]:
+    """The distribution of an entry point and its version."""
+    if point is CORE:
+        return "ipn-core", ipn_core.__version__
+    return (point.dist.name, point.dist.version) if point.dist else (point.value, "unknown")
+
+
+def identify(point: EntryPoint) -> Plugin:
+    """Return the plugin that an entry point belongs to, without importing it."""
+    return Plugin(point.name, *_origin(point))
+
+
+def discover(
+    only: str | None = None, points: Sequence[EntryPoint] | None = None
+) -> Registry:
     """Load every installed plugin and return what they registered.
 
     Args:
         only: entry-point names separated by commas; an empty text loads none, None loads all.
+        points: the entry points to load, by default all that are installed.
     """
     names = None if only is None else {n.strip() for n in only.split(",") if n.strip()}
-    return _Discovery().run(list(entry_points(group=PROJECT)), names)
+    found = entry_points(group=PROJECT) if points is None else points
+    return _Discovery().run(list(found), names)
 
 
 @cache

@@ -122,9 +122,7 @@ class Prompt:
             raise PromptError("a user's turn needs some text. Ask something.")
         return Prompt((*self.turns, turn))
 
-    def then_assistant(
-        self, answer: str | Sequence[int], *, learn: bool = False
-    ) -> Prompt:
+    def then_assistant(self, answer: str | Sequence[int], *, learn: bool = False) -> Prompt:
         """Add an answer, as text or as the ids that were generated."""
         piece: Content = Text(answer) if isinstance(answer, str) else Ids(tuple(answer))
         return Prompt((*self.turns, Turn("assistant", (piece,), learn)))

@@ -138,7 +138,8 @@ def lay_out(
                         labels[row][at : at + size] = piece.ids
                     counts[row].text += size
                 elif isinstance(piece, ImageSlot):
-                    places.append(_Place(row, at, size, piece.image))
+                    if size:
+                        places.append(_Place(row, at, size, piece.image))
                     pictures[row].append(position[row] + at - (width - sizes[row]))
                     counts[row].static += size
                 elif isinstance(piece, DynamicSlot):

@@ -33,8 +33,8 @@ __all__ = [
     "LayerContext",
     "LayerInjector",
     "PerceiveContext",
-    "Percept",
     "Perceiver",
+    "Percept",
     "Request",
     "RequestContext",
     "Requester",
@@ -372,6 +372,35 @@ class Interaction(Stage):
     def has_map(self) -> bool:
         """Whether it can say where it looked (`VisualMessage.attention`)."""
         return False
+
+    @property
+    def objectives(self) -> frozenset[str]:
+        """Which training objectives besides `language` it can serve.
+
+        `answer-embedding` needs a message as wide as the LLM's embeddings, `request-image` needs
+        `shared_space`.
+        """
+        return frozenset({"answer-embedding"})
+
+    def shared_space(self, request: Request, features: VisualFeatures) -> tuple[Tensor, Tensor]:
+        """Map requests and patches into one space, for the objective `request-image`.
+
+        Args:
+            request: values (B, R, D_request).
+            features: of any pictures.
+
+        Returns:
+            Unit vectors (B, w) and, for the packed patches, (N, w).
+        """
+        raise NotImplementedError
+
+    def fit(self, requests: Tensor, patches: Tensor) -> None:  # noqa: B027
+        """Prepare new weights for the data, before the first step of a training.
+
+        Args:
+            requests: (n, D_request) a sample of requests.
+            patches: (m, Dv) a sample of patches.
+        """
 
     @abstractmethod
     def forward(self, request: Request, features: VisualFeatures) -> VisualMessage:

@@ -40,12 +40,17 @@ class Example:
         answers: the accepted answers; the first one is the target in training.
         images: the pictures, in the order in which the prompt shows them.
         type: the kind of question, for reports.
+        names: the things in the pictures that the question names, for objectives that align
+            requests with pictures; empty where that is not known.
+        shown: all such things in its pictures.
     """
 
     question: str
     answers: tuple[str, ...]
     images: tuple[Picture, ...]
     type: str = "all"
+    names: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
 
 
 class Task(ABC):

@@ -14,8 +14,23 @@ __all__ = ["register"]
 
 @hookimpl
 def register(registry: Registry) -> None:
-    """Add the requesters and the token injector."""
+    """Add the attention backends, the requesters and the token injector."""
+    registry.attention("eager", "ipn_core.attention.eager:Eager")
+    registry.attention("sdpa", "ipn_core.attention.sdpa:SDPA")
+    registry.attention("sdpa-cudnn", "ipn_core.attention.sdpa:SDPACudnn")
+    registry.attention("sdpa-efficient", "ipn_core.attention.sdpa:SDPAEfficient")
+    registry.attention("sdpa-flash", "ipn_core.attention.sdpa:SDPAFlash")
+    registry.attention("sdpa-math", "ipn_core.attention.sdpa:SDPAMath")
+    registry.attention("xformers", "ipn_core.attention.xformers:XFormers")
+    registry.attention("xformers-cutlass", "ipn_core.attention.xformers:XFormersCutlass")
+    registry.attention("xformers-flash", "ipn_core.attention.xformers:XFormersFlash")
+    registry.attention("xformers-flash3", "ipn_core.attention.xformers:XFormersFlash3")
     registry.requester("hidden-state", "ipn_core.builtin.requesters:HiddenState")
     registry.requester("constant", "ipn_core.builtin.requesters:Constant")
     registry.requester("shuffled", "ipn_core.builtin.requesters:Shuffled")
     registry.injector("tokens", "ipn_core.builtin.injectors:TokenInjector")
+    objectives = "ipn_core.training.objectives"
+    registry.objective("answer-embedding", f"{objectives}:AnswerEmbedding")
+    registry.objective("language", f"{objectives}:Language")
+    registry.objective("request-image", f"{objectives}:RequestImage")
+    registry.objective("verbalise", f"{objectives}:Verbalise")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ipn_core.backbone import Backbone
 from torch import nn
+
+from ipn_core.backbone import Backbone
 
 __all__ = ["Llama", "Vicuna"]
 
@@ -36,7 +37,7 @@ class Vicuna(Llama):
     TEMPLATE = (
         "{{ bos_token or '' }}"
         "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}{% else %}"
-        "{{ \"A chat between a curious user and an artificial intelligence assistant. "
+        '{{ "A chat between a curious user and an artificial intelligence assistant. '
         "The assistant gives helpful, detailed, and polite answers to the user's questions. \" }}"
         "{% endif %}{% for message in messages %}"
         "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"

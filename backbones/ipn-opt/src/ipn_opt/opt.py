@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ipn_core.backbone import Backbone
 from torch import nn
+
+from ipn_core.backbone import Backbone
 
 __all__ = ["Opt"]
 

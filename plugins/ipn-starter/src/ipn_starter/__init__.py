@@ -1,1 +1,22 @@
-"""The starter: a trained model on real LLM weights, and the tasks it was trained on."""
+"""The starter: a trained model on real LLM weights, its vision encoder, tasks and weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ipn_core.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from ipn_core.plugins import Registry
+
+__all__ = ["register"]
+
+
+@hookimpl
+def register(registry: Registry) -> None:
+    """Add the encoder, the two tasks and the weights."""
+    registry.perceiver("efficientnet-lite0", "ipn_starter.encoder:EfficientNetLite0")
+    registry.task("easy-vqa", "ipn_starter.easy_vqa:EasyVQA")
+    registry.task("emoji-scenes", "ipn_starter.emoji_scenes:EmojiScenes")
+    registry.weights("smollm2-135m-instruct", "ipn_starter.weights:SMOLLM2")
+    registry.weights("starter", "ipn_starter.weights:STARTER")

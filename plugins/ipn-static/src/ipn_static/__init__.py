@@ -1,1 +1,25 @@
-"""The `static` strategy: visual tokens that no question changes."""
+"""The strategy `static`: visual tokens that no question changes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ipn_core.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from ipn_core.plugins import Registry
+
+__all__ = ["register"]
+
+PRESET = {
+    "perceive": {"name": "static"},
+    "layout": {"rounds": 0},
+}
+"""Static tokens and no request."""
+
+
+@hookimpl
+def register(registry: Registry) -> None:
+    """Add the connector and its strategy."""
+    registry.perceiver("static", "ipn_static.static:StaticConnector")
+    registry.strategy("static", PRESET)

@@ -1,1 +1,18 @@
-"""Perceivers on Hugging Face vision towers."""
+"""The perceiver `vision`: any Hugging Face vision tower, by config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ipn_core.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from ipn_core.plugins import Registry
+
+__all__ = ["register"]
+
+
+@hookimpl
+def register(registry: Registry) -> None:
+    """Add the perceiver `vision`."""
+    registry.perceiver("vision", "ipn_vision.tower:VisionTower")

@@ -1,0 +1,225 @@
+"""`attend`: find a backend for some inputs, or say why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ipn_core.attention.backend import AttentionBackend
+from ipn_core.attention.inputs import AttentionInputs
+from ipn_core.errors import AttentionUnavailableError, PluginError
+from ipn_core.plugins import Component, get_registry
+
+__all__ = ["AUTO", "attend", "available_backends", "backend_reasons", "get_backend"]
+
+AUTO = ("xformers", "sdpa", "eager")
+"""What `backend="auto"` tries, in this order; any other backend is used only by name."""
+
+_made: dict[str, tuple[Component, AttentionBackend]] = {}
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    lengths: Sequence[int] | None = ...,
+    scale: float | None = ...,
+    backend: str = ...,
+    return_map: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    lengths: Sequence[int] | None = ...,
+    scale: float | None = ...,
+    backend: str = ...,
+    return_map: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    lengths: Sequence[int] | None = ...,
+    scale: float | None = ...,
+    backend: str = ...,
+    return_map: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_map: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend: `softmax(scale · q·kᵀ + bias) · v` over the keys that each query may look at.
+
+    A query that may look at none gets zeros, in the map too, and gradients stay finite. Under
+    autocast q, k and v are cast to its dtype first, whatever the backend.
+
+    Args:
+        q: (B, M, H, K) queries.
+        k: (B, N, H, K) keys.
+        v: (B, N, H, Kv) values; keys that are masked out must hold finite numbers too.
+        mask: bool, True where a query may look: (B, N) over the keys, or four dimensions that
+            broadcast to (B, H, M, N).
+        bias: float, added to the logits, broadcasting to (B, H, M, N); −inf masks.
+        lengths: the number of valid keys of each sample, padded on the right.
+        scale: what the logits are multiplied by, by default K ** -0.5.
+        backend: a name that `ipn doctor` lists, or "auto".
+        return_map: return the map too.
+
+    Returns:
+        (B, M, H, Kv); with `return_map` a pair of it and the map (B, H, M, N), rows summing to 1.
+
+    Raises:
+        UnknownNameError: there is no backend of that name.
+        AttentionUnavailableError: the named backend, or with "auto" every one, refuses these
+            inputs; the text lists the reasons.
+        ShapeError: shapes, dtypes or devices do not fit each other.
+    """
+    device = q.device.type
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    inputs = AttentionInputs.make(q, k, v, mask, bias, lengths, scale, return_map)
+    chosen = _choose(inputs) if backend == "auto" else _named(backend, inputs)
+    if inputs.is_empty:
+        return _nothing(inputs)
+    if autocast:
+        with torch.autocast(device, enabled=False):
+            return chosen.forward(inputs)
+    return chosen.forward(inputs)
+
+
+def get_backend(name: str) -> AttentionBackend:
+    """Return the backend of a name; it is made on the first call.
+
+    Raises:
+        UnknownNameError: no plugin registered it.
+        PluginError: it cannot be imported or made, or is no `AttentionBackend`.
+    """
+    entries = get_registry().entries("attention")
+    made = _made.get(name)
+    if made is not None and made[0] is entries.get(name):
+        return made[1]
+    component = get_registry().get("attention", name)
+    target: Any = component.load()
+    try:
+        backend = target()
+    except Exception as error:
+        raise PluginError(
+            f"attention '{name}' of {component.plugin.label} cannot be made: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(backend, AttentionBackend):
+        raise PluginError(
+            f"attention '{name}' of {component.plugin.label} must be a subclass of "
+            f"ipn_core.attention.AttentionBackend, got {target!r}."
+        )
+    _made[name] = (component, backend)
+    return backend
+
+
+def backend_reasons(
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    grad: bool = False,
+    head_dim: int = 64,
+) -> dict[str, list[str]]:
+    """Return each registered backend with its reasons against plain inputs; empty means it works.
+
+    Args:
+        device: where q, k and v would lie.
+        dtype: theirs.
+        grad: whether a backward pass would follow.
+        head_dim: K and Kv.
+    """
+    q = torch.zeros(1, 8, 1, head_dim, device=device, dtype=dtype, requires_grad=grad)
+    inputs = AttentionInputs.make(q, q, q)
+    return {name: _reasons(name, inputs) for name in sorted(get_registry().entries("attention"))}
+
+
+def available_backends(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> list[str]:
+    """Return the names of the backends that work for plain inputs on a device."""
+    return [name for name, reasons in backend_reasons(device, dtype).items() if not reasons]
+
+
+def _reasons(name: str, inputs: AttentionInputs) -> list[str]:
+    try:
+        return get_backend(name).not_supported_reasons(inputs)
+    except PluginError as error:
+        return [str(error)]
+
+
+def _choose(inputs: AttentionInputs) -> AttentionBackend:
+    entries = get_registry().entries("attention")
+    there = [name for name in AUTO if name in entries]
+    for name in there:
+        try:
+            backend = get_backend(name)
+        except PluginError:
+            continue
+        # The device first: on a CPU this is called often, and texts are slow to write.
+        if backend.devices is not None and inputs.q.device.type not in backend.devices:
+            continue
+        if not backend.not_supported_reasons(inputs):
+            return backend
+    refused = {
+        name: _reasons(name, inputs) if name in there else ["no plugin registered it"]
+        for name in AUTO
+    }
+    listed = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
+    raise AttentionUnavailableError(
+        f"no attention backend takes {inputs.describe()}. {listed}. See 'ipn doctor'."
+    )
+
+
+def _named(name: str, inputs: AttentionInputs) -> AttentionBackend:
+    backend = get_backend(name)
+    reasons = backend.not_supported_reasons(inputs)
+    if reasons:
+        raise AttentionUnavailableError(
+            f"attention backend '{name}' does not take {inputs.describe()}: "
+            f"{', '.join(reasons)}. Choose another one or 'auto'; see 'ipn doctor'."
+        )
+    return backend
+
+
+def _nothing(inputs: AttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
+    """Return zeros where there is no key or no query, still connected to the queries' graph."""
+    B, M, H, _ = inputs.q.shape
+    out = (inputs.q.sum(-1, keepdim=True) * 0.0).expand(B, M, H, inputs.v.shape[-1])
+    if not inputs.return_map:
+        return out
+    return out, inputs.q.new_zeros(inputs.shape, dtype=torch.float32)

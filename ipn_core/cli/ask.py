@@ -1,0 +1,66 @@
+"""`ipn ask`: one question about one picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ipn_core.cli.options import DEFAULT_MODEL, Debug, Interact, Json, Model, Untrained
+
+if TYPE_CHECKING:
+    from ipn_core.answer import Answer
+    from ipn_core.model import IPN
+
+__all__ = ["ask"]
+
+
+def ask(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture's file.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
+    model: Model = DEFAULT_MODEL,
+    interact: Interact = None,
+    untrained: Untrained = False,
+    heatmap: Annotated[
+        str | None,
+        typer.Option("--heatmap", metavar="FILE.png", help="Draw where the model looked."),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer a question about a picture; prints the answer alone."""
+    from ipn_core.cli.loading import check_png, check_question, load_model
+    from ipn_core.cli.terminal import note, print_json, quiet
+    from ipn_core.images import load_image
+
+    check_question(question)
+    picture = load_image(image)
+    if heatmap is not None:
+        check_png(heatmap, image)
+    with quiet():
+        loaded = load_model(model, interact, untrained)
+        if heatmap is not None:
+            from ipn_core.evaluation.heatmap import draw_heatmap, require_map
+
+            require_map(loaded)
+        answer = loaded.ask(picture, question)
+        if heatmap is not None:
+            draw_heatmap(
+                answer, [picture], question, heatmap, model=model, interact=loaded.strategy
+            )
+            note(f"where it looked: {heatmap}")
+    if json:
+        print_json(_report(answer, loaded))
+    else:
+        print(answer.text)
+
+
+def _report(answer: Answer, model: IPN) -> dict[str, Any]:
+    return {
+        "answer": answer.text,
+        "model": model.name,
+        "interact": model.strategy,
+        "seconds": answer.seconds,
+        "tokens": answer.tokens,
+        "answer_tokens": len(answer.ids),
+    }

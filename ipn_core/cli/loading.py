@@ -1,0 +1,100 @@
+"""Loading a model for a command: what is missing is fetched with progress, and said on stderr."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ipn_core.cli.terminal import Bar, note
+from ipn_core.errors import UserError
+
+if TYPE_CHECKING:
+    from ipn_core.model import IPN
+
+__all__ = ["check_png", "check_question", "load_model", "pull"]
+
+
+def check_question(question: str) -> None:
+    """Refuse a question that is empty or not text, before anything is loaded."""
+    if not question.strip():
+        raise UserError("the question is empty. Ask something, such as \"Is there a dog?\".")
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            "the question is not valid text: it holds bytes that are no characters in this "
+            "terminal's encoding. Type it in UTF-8."
+        ) from None
+
+
+def check_png(path: str, *inputs: str) -> None:
+    """Refuse a heatmap's path that cannot be written, or that would overwrite an input.
+
+    Raises:
+        UserError: it is no PNG's name, or a folder, or its folder is missing or read-only.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if not path.lower().endswith(".png"):
+        why = "does not end in .png. A heatmap is written as PNG"
+    elif os.path.isdir(path):
+        why = "is a folder. Give the name of a PNG file in it"
+    elif not os.path.isdir(folder):
+        why = f"cannot be written: there is no folder '{folder}'. Make it first"
+    elif not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        why = "may not be written. Choose another place"
+    elif any(os.path.exists(path) and os.path.samefile(path, i) for i in inputs):
+        why = "is the picture itself. Choose another name"
+    else:
+        return
+    raise UserError(f"--heatmap '{path}' {why}.")
+
+
+def pull(name: str) -> None:
+    """Fetch known weights with progress, unless they are there."""
+    from ipn_core.plugins import get_registry
+
+    weights = get_registry().get("weights", name).load()
+    if not weights.present():
+        with Bar() as bar:
+            weights.pull(bar.bytes)
+
+
+def load_model(model: str, interact: str | None, untrained: bool) -> IPN:
+    """Load a model by name, folder or hub id.
+
+    Args:
+        model: what the user called it.
+        interact: the strategy, None for the model's default.
+        untrained: allow a strategy without weights, and say so.
+
+    Raises:
+        UserError: there is no such model or strategy, or its files are not right.
+        DownloadError: something that it needs could not be fetched.
+    """
+    from ipn_core.plugins import get_registry
+
+    registry = get_registry()
+    known = registry.entries("weights")
+    if model in known:
+        pull(model)
+    from ipn_core.checkpoint import read_config, strategies_of
+    from ipn_core.locate import locate_model
+    from ipn_core.model import IPN
+
+    there = strategies_of(locate_model(model, registry))
+    trained = interact is None or interact in there
+    if trained or untrained:
+        needed = read_config(there[interact if interact in there else next(iter(there))], registry)
+        if needed.backbone.weights in known:
+            pull(str(needed.backbone.weights))
+    loaded = IPN.from_pretrained(model, interact=interact, untrained=untrained, registry=registry)
+    if not trained:
+        note(
+            f"model '{model}' has no trained weights for interaction '{interact}': it starts from "
+            "random ones, and so do its answers."
+        )
+    for fault in registry.faults:
+        reason = " ".join(fault.reason.split())
+        note(f"plugin {fault.plugin.label} was left out: {reason}. See 'ipn plugins'.")
+    return loaded
+

@@ -1,0 +1,39 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Annotated, TypeAlias
+
+import typer
+
+__all__ = ["DEBUGGING", "DEFAULT_MODEL", "Debug", "Interact", "Json", "Model", "Untrained"]
+
+DEFAULT_MODEL = "starter"
+
+DEBUGGING: ContextVar[bool] = ContextVar("debugging", default=False)
+"""Whether --debug stands anywhere on the command line; `main` sets it."""
+
+Debug: TypeAlias = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of a failure, and libraries' warnings.")
+]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Model: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", metavar="NAME|PATH", help="A name of 'ipn models', a folder or a hub id."
+    ),
+]
+Interact: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--interact",
+        "-i",
+        metavar="NAME",
+        help="One of the interactions that the model has weights for; its default otherwise.",
+    ),
+]
+Untrained: TypeAlias = Annotated[
+    bool,
+    typer.Option("--untrained", help="Allow an --interact that has no weights: random answers."),
+]

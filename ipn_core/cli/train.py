@@ -1,0 +1,37 @@
+"""`ipn train`: train the stages that a config names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ipn_core.cli.options import Debug
+
+__all__ = ["train"]
+
+
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to train, and how.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]…", help="Set keys of the config: stages.0.steps=100."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where checkpoints and logs go.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Train a model's stages; the language model and the vision encoder stay frozen."""
+    from ipn_core.cli.terminal import quiet
+
+    with quiet():
+        from ipn_core.training.run import train as run
+
+        code = run(config, list(overrides or []), resume=resume, out=out)
+    if code:
+        raise typer.Exit(code)

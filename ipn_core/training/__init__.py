@@ -1,0 +1,1 @@
+"""Training: stages with objectives, on accelerate, resumable bit for bit."""

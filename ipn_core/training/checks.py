@@ -1,0 +1,122 @@
+"""What is checked before the first step, after every step, and at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ipn_core.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from ipn_core.model import IPN
+
+__all__ = ["FrozenBackbone", "check_gradients", "choose", "first_bad"]
+
+_PARTS = {"request": "requester", "interact": "interaction", "inject": "injector"}
+_TEXT = "The quick brown fox jumps over the lazy dog. 0123456789"
+
+
+def choose(model: IPN, prefixes: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Make exactly the named parameters of a model trainable, and return them by name.
+
+    Args:
+        model: whose stages and slots.
+        prefixes: starts of names as configs write them: stages by their hook.
+
+    Raises:
+        ConfigError: a prefix names nothing, or the backbone.
+    """
+    prefixes = list(prefixes)
+    model.requires_grad_(False)
+    chosen: dict[str, nn.Parameter] = {}
+    for prefix in prefixes:
+        inner = _inner(prefix)
+        found = {
+            name: p
+            for name, p in model.named_parameters()
+            if name == inner or name.startswith(inner + ".")
+        }
+        if prefix.startswith("perceive"):
+            # The vision encoder stays frozen; what connects it is trained.
+            encoder = {id(p) for p in model.encoder.parameters()}
+            found = {n: p for n, p in found.items() if id(p) not in encoder}
+        if not found or inner.startswith("backbone"):
+            stages = ["perceive", *_PARTS, "slots.image", "slots.request", "slots.dynamic"]
+            raise ConfigError(
+                f"'train': '{prefix}' names nothing that can be trained in this model. Start with "
+                f"one of {', '.join(stages)}."
+            )
+        chosen |= found
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+    return chosen
+
+
+def _inner(prefix: str) -> str:
+    head, _, rest = prefix.partition(".")
+    head = _PARTS.get(head, "perceiver" if head == "perceive" else head)
+    return f"{head}.{rest}" if rest else head
+
+
+def check_gradients(model: IPN, trained: dict[str, nn.Parameter]) -> None:
+    """After a backward pass: every trained tensor has a finite gradient that is not all zero.
+
+    Raises:
+        TrainingError: names each tensor that does not, or a frozen one that has a gradient.
+    """
+    faults = []
+    for name, parameter in trained.items():
+        if parameter.grad is None:
+            faults.append(f"{name} gets no gradient")
+        elif not bool(torch.isfinite(parameter.grad).all()):
+            faults.append(f"the gradient of {name} is not finite")
+        elif not bool(parameter.grad.any()):
+            faults.append(f"the gradient of {name} is zero")
+    for name, parameter in model.named_parameters():
+        if name not in trained and parameter.grad is not None:
+            faults.append(f"{name} is frozen, but a gradient reaches it")
+    if faults:
+        shown = faults[:8] + ([f"and {len(faults) - 8} more"] if len(faults) > 8 else [])
+        raise TrainingError(
+            "before the first step: " + "; ".join(shown) + ". Choose other objectives, or name in "
+            "'train' only what they reach."
+        )
+
+
+def first_bad(trained: dict[str, nn.Parameter], losses: dict[str, Tensor]) -> str | None:
+    """Name the first loss, weight or gradient that is not finite."""
+    for name, loss in losses.items():
+        if not bool(torch.isfinite(loss)):
+            return f"the loss '{name}'"
+    for name, parameter in trained.items():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"the weight {name}"
+    for name, parameter in trained.items():
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            return f"the gradient of {name}"
+    return None
+
+
+class FrozenBackbone:
+    """Remembers what the backbone says to a text, to show later that nothing changed."""
+
+    def __init__(self, model: IPN) -> None:
+        self.model = model
+        self.before = self._logits()
+
+    @torch.no_grad()
+    def _logits(self) -> Tensor:
+        backbone = self.model.backbone
+        ids = torch.tensor([backbone.tokenizer(_TEXT)["input_ids"]], device=backbone.device)
+        logits: Tensor = backbone.lm(input_ids=ids).logits
+        return logits
+
+    def check(self) -> None:
+        """Raise `TrainingError` unless the text-only logits are the same bit for bit."""
+        if any(p.grad is not None for p in self.model.backbone.parameters()):
+            raise TrainingError("a gradient has reached the frozen backbone.")
+        if not torch.equal(self.before, self._logits()):
+            raise TrainingError("the frozen backbone has changed: its text-only logits differ.")

@@ -1,0 +1,112 @@
+"""What `ipn train` reads: the model, the data, and the stages with their objectives."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ipn_core.config import Config
+
+__all__ = ["DataConfig", "StageConfig", "TrainConfig"]
+
+
+class DataConfig(Config):
+    """Examples of one task or file.
+
+    Attributes:
+        task: a name that `ipn plugins` lists, or a JSONL file.
+        split: of the task; None for its `train`, or all of a file.
+        options: of the task, such as `{scenes: 2000}`.
+        share: how many of a batch's groups come from it, relative to the others.
+        limit: use only the first examples; None for all.
+    """
+
+    task: str
+    split: str | None = None
+    options: dict[str, Any] = {}
+    share: float = Field(default=1.0, gt=0)
+    limit: int | None = Field(default=None, ge=1)
+
+
+class StageConfig(Config):
+    """One stage of training, such as `align` or `instruct`.
+
+    Attributes:
+        name: for logs.
+        objectives: weight by name, such as `{answer-embedding: 1.0}`.
+        train: which parameters, by the start of their name (`interact`, `interact.guide`,
+            `inject`, `perceive`, `request`, `slots.request`, `slots.dynamic`, `slots.image`).
+        steps: optimizer steps.
+        group_by: whether the questions of a group share their picture or their words.
+        groups: groups a batch.
+        per_group: examples a group, at most.
+        accumulate: batches a step.
+        lr: peak learning rate of AdamW.
+        warmup: steps up to it; a cosine leads down from it.
+        floor: where the cosine ends, as a fraction of `lr`.
+        weight_decay: of matrices.
+        betas: of AdamW.
+        clip: largest norm of the gradient.
+        validate_every: steps between looks at the validation examples, 0 for only at the end.
+    """
+
+    name: str
+    objectives: dict[str, float] = Field(default={"language": 1.0}, min_length=1)
+    train: tuple[str, ...] = Field(min_length=1)
+    steps: int = Field(ge=1)
+    group_by: Literal["picture", "question"] = "picture"
+    groups: int = Field(default=8, ge=1)
+    per_group: int = Field(default=4, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    warmup: int = Field(default=50, ge=0)
+    floor: float = Field(default=0.0, ge=0, le=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = Field(default=1.0, gt=0)
+    validate_every: int = Field(default=0, ge=0)
+
+
+class TrainConfig(Config):
+    """A whole training.
+
+    Attributes:
+        model: as in a checkpoint's config; `strategy` fills in a preset.
+        start_from: a checkpoint whose weights to begin with, None for new ones.
+        data: what to learn from.
+        validate_on: what to look at while training; never a test split.
+        stages: one after the other.
+        seed: of weights, order and noise.
+        precision: fp32, or autocast to bf16 or fp16.
+        save_every: steps between saved states, from which `--resume` goes on.
+        log_every: steps between lines in `metrics.jsonl`.
+        save_dtype: of the final weights.
+    """
+
+    model: dict[str, Any]
+    start_from: str | None = None
+    data: tuple[DataConfig, ...] = Field(min_length=1)
+    validate_on: tuple[DataConfig, ...] = ()
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    save_every: int = Field(default=200, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError("stages must have different names")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_is_given(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not isinstance(values.get("model", {}), dict):
+            raise ValueError("'model' must be a mapping")
+        return values
+
+

@@ -1,0 +1,285 @@
+"""`ipn train`: from a config to a trained checkpoint, resumable at any moment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from ipn_core.checkpoint import load_state as load_weights
+from ipn_core.checkpoint import read_weights, save, strategies_of
+from ipn_core.config import load_yaml, set_by_path
+from ipn_core.errors import ConfigError
+from ipn_core.files import atomic_write
+from ipn_core.locate import locate_model
+from ipn_core.plugins import Registry, get_registry
+from ipn_core.training.checks import FrozenBackbone
+from ipn_core.training.config import DataConfig, TrainConfig
+from ipn_core.training.data import Data
+from ipn_core.training.features import FeatureCache
+from ipn_core.training.loop import StageRun
+from ipn_core.training.report import Metrics, bar, plot
+from ipn_core.training.requests import backbone_digest
+from ipn_core.training.state import Position, load_state, peek, save_state
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ipn_core.model import IPN
+
+__all__ = ["Training", "read_config", "train"]
+
+CONFIG = "train.json"
+
+
+def train(
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    out: Path | None = None,
+) -> Path:
+    """Train as a YAML config says.
+
+    Args:
+        config_path: the config.
+        overrides: `key=value` with dotted keys, such as `stages.0.steps=10` or `seed=1`.
+        resume: go on from the state in `out`.
+        out: where everything is written, by default `runs/` and the config's name.
+
+    Returns:
+        The folder of the trained checkpoint.
+
+    Raises:
+        UserError: the config is wrong, or `out` holds another training.
+        TrainingError: training stopped itself.
+    """
+    config_path = Path(config_path)
+    config = read_config(config_path, overrides)
+    folder = out or Path("runs") / config_path.stem
+    return Training(config, folder, resume=resume).run()
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML config and lay overrides over it."""
+    values = load_yaml(path)
+    for assignment in overrides:
+        set_by_path(values, assignment)
+    return TrainConfig.parse(values, str(path))
+
+
+class Training:
+    """A training in a folder."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        *,
+        resume: bool = False,
+        registry: Registry | None = None,
+        console: Console | None = None,
+        model: IPN | None = None,
+    ) -> None:
+        """Check everything that can be checked before anything is loaded or written.
+
+        Args:
+            config: what to do.
+            folder: for state, metrics, plot and the trained checkpoint.
+            resume: go on from the state there.
+            registry: where names are looked up.
+            console: where progress goes, by default stderr.
+            model: a ready one with new weights, else it is built from the config.
+        """
+        self.config = config
+        self.folder = folder
+        self.registry = registry or get_registry()
+        self.console = console or Console(stderr=True)
+        self.digest = hashlib.sha256(
+            json.dumps(config.model_dump(mode="json", exclude={"save_every", "log_every"}))
+            .encode()
+        ).hexdigest()
+        self.position = self._position(resume)
+        self._model = model
+        for stage in config.stages:
+            for name in stage.objectives:
+                self.registry.get("objective", name)
+
+    def _position(self, resume: bool) -> Position:
+        found = peek(self.folder) if self.folder.is_dir() else None
+        if found is None:
+            if resume:
+                self.console.print(f"no saved state in '{self.folder}': starting at the beginning")
+            return Position(0, 0, self.digest)
+        if not resume:
+            raise ConfigError(
+                f"'{self.folder}' holds a training already. Go on with --resume, or choose another "
+                "folder with --out."
+            )
+        if found.config != self.digest:
+            raise ConfigError(
+                f"'{self.folder}' holds a training with another config, so that going on would mix "
+                "the two. Use the same config and overrides, or another folder with --out."
+            )
+        return found
+
+    def run(self) -> Path:
+        """Train all stages and write the checkpoint; returns its folder."""
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+
+        precision = "no" if self.config.precision == "fp32" else self.config.precision
+        accelerator = Accelerator(mixed_precision=precision)
+        set_seed(self.config.seed)
+        model = self._build().to(accelerator.device)
+        frozen = FrozenBackbone(model)
+        data, validation = self._data(accelerator, model)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n"
+        atomic_write(self.folder / CONFIG, text.encode())
+        self.metrics = Metrics(self.folder, self.position.stage, self.position.step)
+        digest = _Once(lambda: backbone_digest(model))
+        for index in range(self.position.stage, len(self.config.stages)):
+            run = StageRun(
+                self.config.stages[index],
+                model,
+                data,
+                cache=self.cache,
+                registry=self.registry,
+                accelerator=accelerator,
+                seed=self.config.seed,
+                digest=digest,
+                report=self._note,
+            )
+            self._stage(index, run, data, validation, accelerator)
+        frozen.check()
+        self._note("the backbone is unchanged: its text-only logits are equal bit for bit")
+        target = self.folder / "model"
+        if accelerator.is_main_process:
+            save(model, target, getattr(torch, self.config.save_dtype))
+            plot(self.metrics)
+        self._note(f"trained: '{target}'. Ask it with: ipn ask IMAGE QUESTION --model {target}")
+        return target
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    def _build(self) -> IPN:
+        from ipn_core.model import IPN
+
+        model = self._model or IPN.from_config(
+            self.config.model, registry=self.registry, name=str(self.folder)
+        )
+        if self.config.start_from is not None:
+            source = locate_model(self.config.start_from, self.registry)
+            checkpoints = strategies_of(source)
+            chosen = checkpoints.get(model.strategy, next(iter(checkpoints.values())))
+            weights = chosen / "model.safetensors"
+            load_weights(model, read_weights(weights), str(weights))
+        return model
+
+    def _data(self, accelerator: Accelerator, model: IPN) -> tuple[list[Data], list[Data]]:
+        def opened(entries: Sequence[DataConfig]) -> list[Data]:
+            return [Data(entry, self.registry, training=True) for entry in entries]
+
+        data, validation = opened(self.config.data), opened(self.config.validate_on)
+        self.cache = FeatureCache(model.encoder)
+        with bar(self.console) as progress:
+            for one in (*data, *validation):
+                pictures = one.pictures
+                task = progress.add_task(
+                    f"pictures of {one.name} {one.split}", total=len(pictures), note=""
+                )
+                with accelerator.local_main_process_first():
+                    one.encode(
+                        self.cache, lambda n, task=task: progress.update(task, completed=n)
+                    )
+        return data, validation
+
+    def _stage(
+        self,
+        index: int,
+        run: StageRun,
+        data: list[Data],
+        validation: list[Data],
+        accelerator: Accelerator,
+    ) -> None:
+        stage = run.stage
+        run.read_requests([*data, *validation])
+        resumed = index == self.position.stage and self.position.step > 0
+        if resumed:
+            load_state(self.folder, run.model, run.optimizer, run.names)
+            run.step = self.position.step
+        elif index == self.position.stage and index > 0:
+            load_state(self.folder, run.model, None, {})
+        elif index == 0 and self.config.start_from is None:
+            run.fit()
+        if not resumed:
+            self._note(run.check())
+        with bar(self.console) as progress:
+            task = progress.add_task(stage.name, total=stage.steps, completed=run.step, note="")
+            started = time.perf_counter()
+            while not run.done:
+                entry = run.advance()
+                note = f"loss {entry['loss']:.3f}, {entry['examples_per_s']:.0f} examples/s"
+                progress.update(task, completed=run.step, note=note)
+                if not accelerator.is_main_process:
+                    continue
+                here = {"stage": stage.name, "stage_index": index, "step": run.step}
+                if run.step % self.config.log_every == 0 or run.done:
+                    seconds = round(time.perf_counter() - started, 2)
+                    self.metrics.write(**here, **entry, seconds=seconds)
+                if run.done or (stage.validate_every and run.step % stage.validate_every == 0):
+                    self._validate(run, validation, here)
+                if run.done:
+                    self._save(accelerator, run, Position(index + 1, 0, self.digest), None)
+                elif run.step % self.config.save_every == 0:
+                    at = Position(index, run.step, self.digest, _scaler(accelerator))
+                    self._save(accelerator, run, at, run.optimizer)
+
+    def _validate(self, run: StageRun, validation: list[Data], here: dict[str, Any]) -> None:
+        found = run.validate(validation)
+        if found is None:
+            return
+        self.metrics.write(**here, **found)
+        by_type = ", ".join(f"{name} {100 * a:.1f}" for name, a in found["by_type"].items())
+        self._note(
+            f"{run.stage.name}, step {run.step}: {100 * found['accuracy']:.1f} % of the "
+            f"validation examples ({by_type})"
+        )
+
+    def _save(
+        self,
+        accelerator: Accelerator,
+        run: StageRun,
+        position: Position,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
+        save_state(self.folder, position, run.model, optimizer, run.names)
+
+    def _note(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _scaler(accelerator: Accelerator) -> dict[str, Any] | None:
+    return accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+
+
+class _Once:
+    """A value that is computed when it is first asked for."""
+
+    def __init__(self, make: Any) -> None:
+        self.make = make
+        self.value: Any = None
+
+    def __call__(self) -> Any:
+        if self.value is None:
+            self.value = self.make()
+        return self.value
+
+

@@ -1,0 +1,166 @@
+"""The guide: maps and counts that the request alone asks for, before any block has looked.
+
+Ours, not the paper's. A look is the product of what the request names (cosine similarity in a space
+that text and patches share) and of where it says to look; a second look is the first one moved by a
+step that the request gives ("left of"). A tally adds up, over all patches, how much each is of a
+kind, which a softmax cannot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ipn_core import Config, VisualFeatures
+
+__all__ = ["Guide", "GuideConfig", "Guided", "cosines"]
+
+_SHARPNESS = 16.0
+"""What cosines are multiplied with before a softmax or sigmoid."""
+_FLOOR = 1e-4
+"""Added to maps before their logarithm."""
+
+
+class GuideConfig(Config):
+    """How the request guides.
+
+    Attributes:
+        width: of the space that text and patches share.
+        frequencies: cosines a side in the code of places and steps.
+        tallies: kinds that are added up, 0 for none.
+    """
+
+    width: int = Field(default=128, ge=4, le=4096)
+    frequencies: int = Field(default=8, ge=1, le=64)
+    tallies: int = Field(default=8, ge=0, le=256)
+
+
+@dataclass(frozen=True, eq=False)
+class Guided:
+    """What the guide says.
+
+    Attributes:
+        log_maps: (B, 2, P) logarithms of the first and the moved look.
+        tallies: (B, 0 or 1, W) a token that carries the counts.
+    """
+
+    log_maps: Tensor
+    tallies: Tensor
+
+
+class Guide(nn.Module):
+    """Maps and tallies for a request.
+
+    Attributes:
+        maps: how many maps it gives.
+    """
+
+    maps = 2
+
+    def __init__(self, config: GuideConfig, width: int, vision_width: int) -> None:
+        super().__init__()
+        self.config = config
+        sides = 2 * config.frequencies
+        self.patch_in = nn.Linear(vision_width, config.width)
+        self.patch_out = nn.Linear(config.width, config.width)
+        self.named = nn.Linear(width, config.width)
+        self.how_named = nn.Linear(width, 1)
+        self.where = nn.Linear(width, sides)
+        self.step = nn.Linear(width, 2 * sides)
+        if config.tallies:
+            self.kinds = nn.Linear(width, config.tallies * config.width)
+            self.kind_patch = nn.Linear(config.width, config.width)
+            self.threshold = nn.Parameter(torch.full((config.tallies,), -8.0))
+            self.count_in = nn.Linear(config.tallies * _Counts.codes, width)
+        for layer in (self.where, self.step):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, asked: Tensor, features: VisualFeatures) -> Guided:
+        """Guide with (B, R, W) requests; the mean over R asks."""
+        asked = asked.mean(1)
+        patches = self.patch_in(features.values)
+        mask = features.mask
+        positions = features.positions()
+        gate = self.how_named(asked).sigmoid() * 2
+        logits = gate * self._similarity(asked, patches, features)
+        codes = cosines(positions, self.config.frequencies)
+        logits = logits + torch.einsum("bf,bpf->bp", self.where(asked), codes)
+        first = logits.masked_fill(~mask, -1e4).softmax(-1)
+        moved = self._moved(first, asked, positions, features)
+        maps = torch.stack([first, moved], dim=1)
+        return Guided((maps + _FLOOR).log(), self._tally(asked, patches, features))
+
+    def text(self, asked: Tensor) -> Tensor:
+        """Return what the request names, (B, w) unit vectors."""
+        return F.normalize(self.named(asked), dim=-1)
+
+    def image(self, patches: Tensor) -> Tensor:
+        """Return what mapped patches show, (N, w) unit vectors."""
+        return F.normalize(self.patch_out(patches), dim=-1)
+
+    def _similarity(self, asked: Tensor, patches: Tensor, features: VisualFeatures) -> Tensor:
+        shown = features.spread(self.image(patches))
+        return _SHARPNESS * torch.einsum("bw,bpw->bp", self.text(asked), shown)
+
+    def _moved(
+        self, first: Tensor, asked: Tensor, positions: Tensor, features: VisualFeatures
+    ) -> Tensor:
+        """Move a map by the step that the request gives, within each picture."""
+        frequencies = self.config.frequencies
+        cosines, sines = self.step(asked).chunk(2, dim=-1)
+        # How likely each step is, as a function on −1…1 a side that the request draws.
+        grid = (positions[:1] if _alike(positions) else positions).unsqueeze(2)
+        steps = (grid - grid.transpose(1, 2)) / 2
+        waves = torch.arange(frequencies, device=first.device) * torch.pi * 2
+        angles = (steps.unsqueeze(-1) * waves).flatten(-2)
+        spread = "bf,zijf->bij" if angles.shape[0] == 1 else "bf,bijf->bij"
+        kernel = torch.einsum(spread, cosines, angles.cos())
+        kernel = kernel + torch.einsum(spread, sines, angles.sin())
+        if any(span.place for span in features.images):
+            places = features.places()
+            apart = places.unsqueeze(2) != places.unsqueeze(1)
+            kernel = kernel.masked_fill(apart, -1e4)
+        kernel = kernel.masked_fill(~features.mask.unsqueeze(2), -1e4)
+        return torch.einsum("bij,bj->bi", kernel.softmax(1), first)
+
+    def _tally(self, asked: Tensor, patches: Tensor, features: VisualFeatures) -> Tensor:
+        batch, count = asked.shape[0], self.config.tallies
+        if not count:
+            return asked.new_zeros(batch, 0, asked.shape[-1])
+        kinds = F.normalize(self.kinds(asked).unflatten(-1, (count, -1)), dim=-1)
+        image = features.spread(F.normalize(self.kind_patch(patches), dim=-1))
+        scores = 2 * _SHARPNESS * torch.einsum("bkw,bpw->bkp", kinds, image)
+        are = (scores + self.threshold[:, None]).sigmoid()
+        totals = are.masked_fill(~features.mask.unsqueeze(1), 0).sum(-1)
+        told: Tensor = self.count_in(_Counts.code(totals))
+        return told.unsqueeze(1)
+
+
+class _Counts:
+    """Totals as numbers that a linear layer can read."""
+
+    centres = 26
+    codes = centres + 2
+
+    @classmethod
+    def code(cls, totals: Tensor) -> Tensor:
+        """Code (B, n) totals of patches as (B, n × codes): bumps along the line, log, and size."""
+        line = torch.arange(cls.centres, device=totals.device) * 2.0
+        bumps = (-((totals.unsqueeze(-1) - line) / 2) ** 2).exp()
+        size = torch.stack([totals.clamp(min=0).log1p(), totals / 16], dim=-1)
+        return torch.cat([bumps, size], dim=-1).flatten(1)
+
+
+def cosines(positions: Tensor, frequencies: int) -> Tensor:
+    """Code (…, 2) positions as cosines of 0, 1, … half-waves a side: (…, 2 × frequencies)."""
+    waves = torch.arange(frequencies, device=positions.device) * torch.pi
+    return (positions.unsqueeze(-1) * waves).cos().flatten(-2)
+
+
+def _alike(positions: Tensor) -> bool:
+    return positions.shape[0] > 0 and bool((positions == positions[:1]).all())

@@ -1,0 +1,252 @@
+"""RVII: a small transformer whose queries carry the request and look at the patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ipn_core import Config, Dims, Interaction, Request, VisualFeatures, VisualMessage
+from ipn_core.attention import attend
+from ipn_core.errors import ConfigError
+from ipn_rvii.guide import Guide, GuideConfig, cosines
+
+__all__ = ["RVII", "RVIIConfig"]
+
+
+class RVIIConfig(Config):
+    """The size of the transformer, and what helps it to look.
+
+    Attributes:
+        width: of its tokens.
+        depth: blocks L of self-attention, cross-attention and MLP.
+        heads: attention heads; they divide the width.
+        mlp_ratio: hidden width of the MLPs, in widths.
+        dropout: after each attention and MLP, while training.
+        frequencies: cosines a side in the position code of the patches, 0 for none.
+        max_images: pictures of one prompt that are told apart by a learned code.
+        message: width of the message, 0 for the width of the LLM's input embeddings.
+        noise: standard deviation of the noise on whitened requests while training, against
+            learning the training wordings by heart.
+        guide: heads of the cross-attention that follow the request's own map; None for none.
+        backend: of `ipn_core.attention`.
+    """
+
+    width: int = Field(default=256, ge=8, le=8192)
+    depth: int = Field(default=3, ge=1, le=64)
+    heads: int = Field(default=8, ge=1, le=128)
+    mlp_ratio: float = Field(default=4.0, gt=0, le=16)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    frequencies: int = Field(default=8, ge=0, le=64)
+    max_images: int = Field(default=16, ge=1, le=1024)
+    message: int = Field(default=0, ge=0, le=65536)
+    noise: float = Field(default=0.0, ge=0, le=10)
+    guide: GuideConfig | None = None
+    backend: str = "auto"
+
+
+class RVII(Interaction):
+    """K learned queries and the request through L blocks that look at the patches.
+
+    The blocks are the published ones (LMEye, arXiv 2305.03701, section 3.2): self-attention over
+    queries and request, cross-attention to the visual features, MLP. Ours are the position code of
+    the patches, that the request is also added to every query, and the optional guide.
+    """
+
+    Config = RVIIConfig
+
+    def __init__(self, config: RVIIConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        width = config.width
+        if width % config.heads:
+            raise ConfigError(
+                f"'interact.width' must be a multiple of 'interact.heads', got {width} and "
+                f"{config.heads}."
+            )
+        self.queries = nn.Parameter(torch.randn(dims.K, width) * 0.02)
+        self.request_in = nn.Linear(dims.D_request, width)
+        self.request_mlp = _mlp(width, config.mlp_ratio)
+        self.patch_in = nn.Linear(dims.Dv, width)
+        self.place = nn.Embedding(config.max_images, width)
+        nn.init.zeros_(self.place.weight)
+        sides = 2 * config.frequencies
+        self.position_in = nn.Linear(sides, width, bias=False) if sides else None
+        self.patch_norm = nn.LayerNorm(width)
+        self.guide = Guide(config.guide, width, dims.Dv) if config.guide else None
+        maps = self.guide.maps if self.guide else 0
+        self.blocks = nn.ModuleList(_Block(config, maps) for _ in range(config.depth))
+        self.out_norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, self.width)
+
+    @property
+    def width(self) -> int:
+        """Width Dm of the message."""
+        return int(self.config.message or self.dims.D_in)
+
+    @property
+    def has_map(self) -> bool:
+        """Its last cross-attention."""
+        return True
+
+    def forward(self, request: Request, features: VisualFeatures) -> VisualMessage:
+        """Look at the patches with the request; see `Interaction.forward`."""
+        asked = self._asked(request.values)
+        patches = self._patches(features)
+        bias, told = None, asked
+        if self.guide is not None:
+            guided = self.guide(asked, features)
+            bias, told = guided.log_maps, torch.cat([asked, guided.tallies], dim=1)
+        queries = self.queries + asked.mean(1, keepdim=True)
+        tokens = torch.cat([queries, told], dim=1)
+        mask = None if bool(features.mask.all()) else features.mask
+        seen: Tensor | None = None
+        for index, block in enumerate(self.blocks):
+            wanted = request.return_map and index == len(self.blocks) - 1
+            tokens, seen = block(tokens, patches, features, mask, bias, wanted)
+        count = self.queries.shape[0]
+        values = self.out(self.out_norm(tokens[:, :count]))
+        return VisualMessage(values, None if seen is None else seen[:, :count])
+
+    @property
+    def objectives(self) -> frozenset[str]:
+        """With a guide also `request-image`."""
+        shared = {"request-image"} if self.guide is not None else set()
+        return super().objectives | shared
+
+    def shared_space(self, request: Request, features: VisualFeatures) -> tuple[Tensor, Tensor]:
+        """Map requests and patches as the guide compares them."""
+        assert self.guide is not None
+        asked = self._asked(request.values).mean(1)
+        return self.guide.text(asked), self.guide.image(self.guide.patch_in(features.values))
+
+    @torch.no_grad()
+    def fit(self, requests: Tensor, patches: Tensor) -> None:
+        """Start the two input projections as a whitening of what will come in.
+
+        Args:
+            requests: (n, D_request) a sample.
+            patches: (m, Dv) a sample.
+        """
+        _whiten(self.request_in, requests)
+        _whiten(self.patch_in, patches)
+        if self.guide is not None:
+            _whiten(self.guide.patch_in, patches)
+
+    def _asked(self, values: Tensor) -> Tensor:
+        asked: Tensor = self.request_in(values)
+        if self.training and self.config.noise:
+            asked = asked + self.config.noise * torch.randn_like(asked)
+        asked = asked + self.request_mlp(asked)
+        return asked
+
+    def _patches(self, features: VisualFeatures) -> Tensor:
+        """Return the packed patches (N, W), each once, with the codes of their positions."""
+        patches: Tensor = self.patch_in(features.values)
+        positions, places = features.packed_positions()
+        if self.position_in is not None:
+            patches = patches + self.position_in(cosines(positions, self.config.frequencies))
+        places = places.clamp(max=self.config.max_images - 1)
+        normed: Tensor = self.patch_norm(patches + self.place(places))
+        return normed
+
+
+class _Block(nn.Module):
+    def __init__(self, config: RVIIConfig, maps: int) -> None:
+        super().__init__()
+        width = config.width
+        self.self_norm = nn.LayerNorm(width)
+        self.self_attention = _Attention(config)
+        self.cross_norm = nn.LayerNorm(width)
+        self.cross_attention = _Attention(config, maps)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = _mlp(width, config.mlp_ratio)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        patches: Tensor,
+        features: VisualFeatures,
+        mask: Tensor | None,
+        log_maps: Tensor | None,
+        return_map: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        normed = self.self_norm(tokens)
+        keys, values = self.self_attention.keys_values(normed)
+        looked, _ = self.self_attention(normed, keys, values)
+        tokens = tokens + self.dropout(looked)
+        keys, values = self.cross_attention.keys_values(patches)
+        looked, seen = self.cross_attention(
+            self.cross_norm(tokens),
+            features.spread(keys),
+            features.spread(values),
+            mask,
+            log_maps,
+            return_map,
+        )
+        tokens = tokens + self.dropout(looked)
+        return tokens + self.dropout(self.mlp(self.mlp_norm(tokens))), seen
+
+
+class _Attention(nn.Module):
+    """Multi-head attention through `ipn_core.attention`; heads may follow given maps."""
+
+    def __init__(self, config: RVIIConfig, maps: int = 0) -> None:
+        super().__init__()
+        self.heads, self.backend = config.heads, config.backend
+        self.q = nn.Linear(config.width, config.width)
+        self.kv = nn.Linear(config.width, 2 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        # How much each head follows each map: at first, some heads follow one each.
+        follow = torch.zeros(self.heads, maps)
+        for index in range(maps):
+            follow[index :: maps + 1, index] = 1
+        self.follow = nn.Parameter(follow) if maps else None
+
+    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Project (…, W) to keys and values (…, H, W / H)."""
+        keys, values = self.kv(tokens).chunk(2, dim=-1)
+        return keys.unflatten(-1, (self.heads, -1)), values.unflatten(-1, (self.heads, -1))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None = None,
+        log_maps: Tensor | None = None,
+        return_map: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; returns the output (B, M, W) and, if asked for, the map (B, M, P)."""
+        queries = self.q(tokens).unflatten(-1, (self.heads, -1))
+        bias = None
+        if log_maps is not None and self.follow is not None:
+            bias = torch.einsum("hg,bgp->bhp", self.follow, log_maps).unsqueeze(2)
+        options: dict[str, Any] = {"mask": mask, "bias": bias, "backend": self.backend}
+        if not return_map:
+            looked = attend(queries, keys, values, **options)
+            return self.out(looked.flatten(-2)), None
+        options["backend"] = "auto"
+        looked, seen = attend(queries, keys, values, return_map=True, **options)
+        return self.out(looked.flatten(-2)), seen.mean(1)
+
+
+def _mlp(width: int, ratio: float) -> nn.Sequential:
+    hidden = int(width * ratio)
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+def _whiten(linear: nn.Linear, sample: Tensor) -> None:
+    """Start a projection at the principal directions of a sample, each of variance 1."""
+    sample = sample.float()
+    mean = sample.mean(0)
+    count = min(linear.out_features, *sample.shape)
+    _, scales, directions = torch.linalg.svd(sample - mean, full_matrices=False)
+    deviations = (scales[:count] / max(len(sample) - 1, 1) ** 0.5).clamp(min=1e-4)
+    weight = directions[:count] / deviations[:, None]
+    linear.weight.zero_()
+    linear.bias.zero_()
+    linear.weight[:count] = weight.to(linear.weight)
+    linear.bias[:count] = -(weight @ mean).to(linear.bias)

