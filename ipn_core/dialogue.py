@@ -11,7 +11,6 @@ import torch
 from ipn_core.answer import Answer
 from ipn_core.clock import Clock
 from ipn_core.features import VisualFeatures
-from ipn_core.generation import repeats_of
 from ipn_core.prompt import Prompt, Shown, Text, Turn
 from ipn_core.stages import Percept
 
@@ -27,7 +26,7 @@ class Dialogue:
     """Several turns about the same pictures; each picture is encoded once.
 
     The generated ids are kept: the next turn first feeds the last one, which no forward has seen,
-    then what the chat template puts after an answer. Beams decode on a copy of the prompt's cache.
+    then what the chat template puts after an answer. After beams, the cache ends with the prompt.
     """
 
     def __init__(self, model: IPN, images: Sequence[Any] = ()) -> None:
@@ -82,13 +81,9 @@ class Dialogue:
             state, fed, rest = None, [], plan
         else:
             state, fed = _copy(self._state), list(self._fed)
-        beams = repeats_of(options)[0] > 1
-        answers, state, kept = decode(
-            model, [rest], percept, options, clock, state=state, keep_prompt=beams
-        )
+        answers, state, holds_answer = decode(model, [rest], percept, options, clock, state=state)
         answer = answers[0]
-        entries = rest.entries[: len(rest.entries) - kept] if kept else rest.entries
-        self._fed = [*fed, *entries, *([] if kept else answer.ids[:-1])]
+        self._fed = [*fed, *rest.entries, *(answer.ids[:-1] if holds_answer else ())]
         self._state = state
         self._percepts, self._waiting = percepts, []
         closed = (

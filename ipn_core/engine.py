@@ -400,16 +400,16 @@ class Engine:
             "inject": ("tokens", "injector"),
         }[stage]
         tensor = None if isinstance(result, Tensor) else getattr(result, attribute, None)
-        fits = isinstance(tensor, Tensor) and tensor.ndim == len(expected)
-        if not fits or any(e not in (None, g) for e, g in zip(expected, tensor.shape, strict=True)):
-            wanted = ", ".join("·" if e is None else str(e) for e in expected)
-            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(result).__name__
-            module = type(getattr(self.model, part)).__name__
-            raise ShapeError(
-                f"stage {stage} of {self.model.label(stage)} ({module}) returned "
-                f"{got}, expected ({wanted})."
-            )
-        return tensor
+        if isinstance(tensor, Tensor) and tensor.ndim == len(expected):
+            if all(e in (None, g) for e, g in zip(expected, tensor.shape, strict=True)):
+                return tensor
+        wanted = ", ".join("·" if e is None else str(e) for e in expected)
+        got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(result).__name__
+        module = type(getattr(self.model, part)).__name__
+        raise ShapeError(
+            f"stage {stage} of {self.model.label(stage)} ({module}) returned {got}, "
+            f"expected ({wanted})."
+        )
 
 
 def _padded(starts: Sequence[int], images: Sequence[Any]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -103,9 +103,9 @@ class VisualFeatures:
         for span in self.images:
             rows[span.sample].extend(range(span.offset, span.offset + span.length))
         width = max(self.lengths, default=0)
-        if [i for row in rows for i in row] == list(range(self.batch * width)):
-            if self.values.shape[0] == self.batch * width:
-                return None
+        whole = self.batch * width
+        if self.values.shape[0] == whole and [i for r in rows for i in r] == list(range(whole)):
+            return None
         padded = [row + [-1] * (width - len(row)) for row in rows]
         return torch.tensor(padded, device=self.values.device).reshape(self.batch, width)
 
@@ -202,7 +202,7 @@ class VisualFeatures:
             tuple(replace(self.images[index], sample=row) for row, index in kept),
             len(samples),
             None if tokens is None else tokens[indices],
-            None if look is None else lambda boxes: look([(indices[b[0]], *b[1:]) for b in boxes]),
+            None if look is None else partial(_look_at_chosen, look, kept, len(samples)),
         )
 
     def look(self, boxes: Sequence[Box]) -> VisualFeatures:
@@ -243,6 +243,19 @@ class VisualFeatures:
             values=self.values.to(device=device, dtype=dtype),
             global_tokens=None if tokens is None else tokens.to(device=device, dtype=dtype),
         )
+
+
+def _look_at_chosen(
+    look: Callable[[Sequence[Box]], VisualFeatures],
+    chosen: Sequence[tuple[int, int]],
+    batch: int,
+    boxes: Sequence[Box],
+) -> VisualFeatures:
+    """Look again for a selection: `chosen` holds (row, image looked at) for each picture."""
+    seen = look([(chosen[image][1], *edges) for image, *edges in boxes])
+    rows = [chosen[box[0]][0] for box in boxes]
+    spans = (replace(s, sample=row) for s, row in zip(seen.images, rows, strict=True))
+    return replace(seen, images=tuple(spans), batch=batch)
 
 
 @lru_cache(maxsize=64)

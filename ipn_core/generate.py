@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from ipn_core.answer import Answer, Answers
 from ipn_core.engine import LookRecord, Prefix, State
 from ipn_core.errors import PromptError
-from ipn_core.generation import check_options, prompt_processors, repeats_of
+from ipn_core.generation import check_options, prompt_processors, repeats_of, with_config
 from ipn_core.plan import Plan, Tokens
 
 if TYPE_CHECKING:
@@ -34,8 +33,7 @@ def decode(
     clock: Clock,
     *,
     state: State | None = None,
-    keep_prompt: bool = False,
-) -> tuple[Answers, State, int]:
+) -> tuple[Answers, State, bool]:
     """Answer planned prompts.
 
     Args:
@@ -45,38 +43,39 @@ def decode(
         options: transformers' generation options.
         clock: counts the seconds of each stage.
         state: what is in the cache already.
-        keep_prompt: decode on a copy, so that the returned state ends before the last segment.
 
     Returns:
-        The answers; the state after them; and with `keep_prompt` how many entries of the plan the
-        state does not hold, else 0.
+        The answers; the state after them; and whether it holds the answers' tokens (all but the
+        last, which no forward has seen). With several sequences a prompt it ends with the prompt.
     """
+    options = with_config(options)
     check_options(options)
     options = {"do_sample": False, **options}
-    if options.get("max_length") is None and "generation_config" not in options:
+    if options.get("max_length") is None:
         options.setdefault("max_new_tokens", MAX_NEW_TOKENS)
-    before = 0 if state is None else state.length
     prefix = model.engine.prefix(
         plans, percept, state=state, clock=clock, return_map=_has_map(model)
     )
     _check_room(model, prefix, options)
-    state, repeats = prefix.state, repeats_of(options)
-    cache = copy.deepcopy(state.cache) if keep_prompt else state.cache
+    state, (repeats, returned) = prefix.state, repeats_of(options)
+    cache, rows = state.cache, state.mask.shape[0]
+    ends = options.get("eos_token_id")
+    ends = model.backbone.eos_ids if ends is None else [ends] if isinstance(ends, int) else ends
+    pad = model.backbone.tokenizer.pad_token_id
+    options.setdefault("pad_token_id", pad if pad is not None else next(iter(ends), 0))
     output = _generate(model, plans, percept, prefix, cache, options, clock)
-    sequences = _trimmed(output.sequences, model.backbone.eos_ids)
-    answers = _answers(model, state, sequences, repeats[1], clock)
-    if keep_prompt:
-        left = sum(len(p.ids) if isinstance(p, Tokens) else 1 for p in plans[0].segments[-1])
-        return Answers(answers, output), state, left
-    rows = state.mask.shape[0]
-    new = prefix.mask.shape[1]
-    fed = int(cache.get_seq_length()) - state.length - new
-    grown = torch.ones(rows, fed, dtype=torch.bool, device=state.mask.device)
-    if repeats[0] == 1:
-        state.mask = torch.cat([state.mask, prefix.mask, grown], dim=1)
-        state.lengths = [int(n) for n in state.mask.sum(1).tolist()]
-    assert before <= state.length
-    return Answers(answers, output), state, 0
+    sequences = _trimmed(output.sequences, ends, options["pad_token_id"])
+    answers = _answers(model, state, sequences, returned, clock)
+    mask = torch.cat([state.mask, prefix.mask], dim=1)
+    fed = int(cache.get_seq_length()) - mask.shape[1]
+    if repeats > 1:
+        # All sequences of a prompt hold the same prompt; what they go on with differs.
+        cache.batch_select_indices(torch.arange(0, rows * repeats, repeats, device=mask.device))
+        cache.crop(-fed)
+    else:
+        mask = torch.cat([mask, mask.new_ones(rows, fed)], dim=1)
+    state.mask, state.lengths = mask, [int(n) for n in mask.sum(1).tolist()]
+    return Answers(answers, output), state, repeats == 1
 
 
 def _generate(
@@ -101,9 +100,6 @@ def _generate(
     texts = [[i for p in plan.pieces if isinstance(p, Tokens) for i in p.ids] for plan in plans]
     processors = LogitsProcessorList(options.pop("logits_processor", None) or [])
     processors.extend(prompt_processors(options, texts))
-    pad = model.backbone.tokenizer.pad_token_id
-    eos = model.backbone.eos_ids
-    options.setdefault("pad_token_id", pad if pad is not None else (eos[0] if eos else 0))
     with model.engine.layers(state, percept, repeats), clock.decoding(lm):
         return lm.generate(
             inputs_embeds=torch.cat([held, prefix.embeds], dim=1),
@@ -134,14 +130,22 @@ def _check_room(model: IPN, prefix: Prefix, options: dict[str, Any]) -> None:
         )
     if longest + asked > limit:
         options["max_new_tokens"] = limit - longest
+    if options.get("max_length") is not None:
+        # It counts the prompt, and its padding too.
+        held = prefix.state.length + prefix.mask.shape[1]
+        options["max_length"] = min(int(options["max_length"]), held + limit - longest)
 
 
-def _trimmed(sequences: Tensor, eos: Sequence[int]) -> list[tuple[int, ...]]:
+def _trimmed(sequences: Tensor, ends: Sequence[int], pad: int) -> list[tuple[int, ...]]:
     """The emitted ids of each row up to and with the first end token; padding is dropped."""
     rows = []
     for row in sequences.tolist():
-        end = next((i + 1 for i, id_ in enumerate(row) if id_ in eos), len(row))
-        rows.append(tuple(row[:end]))
+        stop = next((i + 1 for i, id_ in enumerate(row) if id_ in ends), len(row))
+        if len(sequences) > 1 and stop == len(row):
+            # A stopping rule ended this row before the others.
+            while stop > 1 and row[stop - 1] == pad:
+                stop -= 1
+        rows.append(tuple(row[:stop]))
     return rows
 
 

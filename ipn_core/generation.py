@@ -22,6 +22,7 @@ __all__ = [
     "check_options",
     "prompt_processors",
     "repeats_of",
+    "with_config",
 ]
 
 _OWN_CACHE = "it brings a cache of its own, while the prompt is already in the engine's"
@@ -95,6 +96,16 @@ _OURS = (
     "return_dict_in_generate",
     "tokenizer",
 )
+
+
+def with_config(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay options over those that a ready `generation_config` among them sets."""
+    given = dict(options)
+    config = given.pop("generation_config", None)
+    if config is None:
+        return given
+    written = (name for name in config.to_diff_dict() if name != "transformers_version")
+    return {**{name: getattr(config, name) for name in written}, **given}
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from ipn_core.plugins import Registry
+    from ipn_core.plugins import Registrar
     from ipn_core.stages import (
         InjectContext,
         Injection,
@@ -37,7 +37,7 @@ class DiscoverySpec:
     """What an installed plugin implements."""
 
     @hookspec
-    def register(self, registry: Registry) -> None:
+    def register(self, registry: Registrar) -> None:
         """Add components to the registry, by name; must import no torch."""
 
 

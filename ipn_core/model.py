@@ -165,7 +165,8 @@ class IPN(nn.Module):
             source: a name of `ipn models list`, a checkpoint folder, or a hub id.
             interact: which of its strategies; by default the one it names first.
             untrained: build `interact` with new weights when there are none for it.
-            backbone, encoder: ready ones to share among models.
+            backbone: a ready one to share among models.
+            encoder: a ready one to share among models.
             registry: where names are looked up.
 
         Raises:

@@ -259,7 +259,7 @@ class Planner:
                 text += self._slot_mark * len(look)
             if isinstance(piece, Shown):
                 if turn.role != "user":
-                    raise PromptError(f"a picture stands in a {turn.role}'s turn.")
+                    raise PromptError(f"a picture stands in the {turn.role}'s turn; only a user shows pictures.")
                 slots.append(ImageSlot(state.images))
                 state.images += 1
                 text += self._slot_mark

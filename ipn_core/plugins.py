@@ -22,7 +22,16 @@ import ipn_core
 from ipn_core.errors import PluginError, UserError, unknown_name
 from ipn_core.hooks import PROJECT, DiscoverySpec
 
-__all__ = ["KINDS", "Component", "Fault", "Plugin", "Registry", "discover", "get_registry", "identify"]
+__all__ = [
+    "KINDS",
+    "Component",
+    "Fault",
+    "Plugin",
+    "Registry",
+    "discover",
+    "get_registry",
+    "identify",
+]
 
 KINDS = (
     "attention",
@@ -137,7 +146,7 @@ class Registry:
             yield from (c for c in by_name.values() if c.plugin == plugin)
 
 
-class _Registrar:
+class Registrar:
     """What `register(registry)` receives: one method per kind, on behalf of one plugin.
 
     Components are collected here and added only when the whole hook has succeeded, so that a
@@ -202,7 +211,7 @@ class _Discovery:
         self.register(plugin, module)
 
     def register(self, plugin: Plugin, module: ModuleType | object) -> None:
-        registrar = _Registrar(self.registry, plugin)
+        registrar = Registrar(self.registry, plugin)
         # A manager of its own for each plugin: one that raises cannot stop the next one.
         manager = pluggy.PluginManager(PROJECT)
         manager.add_hookspecs(DiscoverySpec)
@@ -237,9 +246,7 @@ def identify(point: EntryPoint) -> Plugin:
     return Plugin(point.name, *_origin(point))
 
 
-def discover(
-    only: str | None = None, points: Sequence[EntryPoint] | None = None
-) -> Registry:
+def discover(only: str | None = None, points: Sequence[EntryPoint] | None = None) -> Registry:
     """Load every installed plugin and return what they registered.
 
     Args:

@@ -1,4 +1,4 @@
-"""The learned embeddings of `<img>`, `<img-q>` and `<img-d>`: slots, not words of the vocabulary."""
+"""The learned embeddings of `<img>`, `<img-q>`, `<img-d>`: slots, not words of the vocabulary."""
 
 from __future__ import annotations
 

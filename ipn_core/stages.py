@@ -394,7 +394,7 @@ class Interaction(Stage):
         """
         raise NotImplementedError
 
-    def fit(self, requests: Tensor, patches: Tensor) -> None:  # noqa: B027
+    def fit(self, requests: Tensor, patches: Tensor) -> None:
         """Prepare new weights for the data, before the first step of a training.
 
         Args:

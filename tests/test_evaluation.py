@@ -6,6 +6,8 @@ from collections.abc import Generator
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from ipn_core import IPN, Example, Picture, hookimpl
 from ipn_core.errors import DataError, GenerationOptionError, UserError
 from ipn_core.evaluation.evaluate import evaluate
@@ -16,7 +18,6 @@ from ipn_core.features import VisualFeatures
 from ipn_core.stages import Request, RequestContext
 from ipn_core.testing.checkpoints import register_tiny, tiny_config
 from ipn_core.testing.tiny import TinyEncoder, tiny_backbone
-from PIL import Image
 
 torch.set_num_threads(1)
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from ipn_core import IPN, Answer
 from ipn_core.errors import IPNError, ShapeError, UserError
 from ipn_core.evaluation import heatmap
 from ipn_core.evaluation.heatmap import draw_heatmap, require_map, upsample
 from ipn_core.testing.checkpoints import register_tiny, tiny_config
 from ipn_core.testing.tiny import tiny_backbone
-from PIL import Image
 
 torch.set_num_threads(1)
 

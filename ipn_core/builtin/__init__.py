@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from ipn_core.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from ipn_core.plugins import Registry
+    from ipn_core.plugins import Registrar
 
 __all__ = ["register"]
 
 
 @hookimpl
-def register(registry: Registry) -> None:
+def register(registry: Registrar) -> None:
     """Add the attention backends, the requesters and the token injector."""
     registry.attention("eager", "ipn_core.attention.eager:Eager")
     registry.attention("sdpa", "ipn_core.attention.sdpa:SDPA")

@@ -124,7 +124,7 @@ def _usage(error: Any) -> str:
 
 
 def _faulty_plugins() -> str:
-    """Name the plugins that failed to load: what they would have brought may be the unknown name."""
+    """Name the plugins that failed to load: one of them may bring the unknown name."""
     from ipn_core.errors import IPNError
     from ipn_core.plugins import get_registry
 

@@ -17,7 +17,7 @@ __all__ = ["check_png", "check_question", "load_model", "pull"]
 def check_question(question: str) -> None:
     """Refuse a question that is empty or not text, before anything is loaded."""
     if not question.strip():
-        raise UserError("the question is empty. Ask something, such as \"Is there a dog?\".")
+        raise UserError('the question is empty. Ask something, such as "Is there a dog?".')
     try:
         question.encode()
     except UnicodeEncodeError:
@@ -97,4 +97,3 @@ def load_model(model: str, interact: str | None, untrained: bool) -> IPN:
         reason = " ".join(fault.reason.split())
         note(f"plugin {fault.plugin.label} was left out: {reason}. See 'ipn plugins'.")
     return loaded
-

@@ -39,4 +39,6 @@ def _print_plugins(found: Sequence[Probe]) -> None:
             console.print(Text(f"    fault:       {fault}", style="red"))
     faulty = sum(bool(probe.faults) for probe in found)
     if faulty:
-        console.print(f"{faulty} of {len(found)} plugins have faults; the others work without them.")
+        console.print(
+            f"{faulty} of {len(found)} plugins have faults; the others work without them."
+        )

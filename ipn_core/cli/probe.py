@@ -6,6 +6,7 @@ with the reason; the command that looks goes on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -81,8 +82,16 @@ def probe_plugins(*, deep: bool = False, limit_s: float | None = None) -> list[P
     """
     limit_s = limit_s or (DEEP_LIMIT_S if deep else LIMIT_S)
     points = _points()
+    running: list[subprocess.Popen[bytes]] = []
     with ThreadPoolExecutor(max_workers=min(8, max(2, os.cpu_count() or 2))) as threads:
-        probes = list(threads.map(lambda point: _probe(point, deep, limit_s), points))
+        try:
+            probes = list(threads.map(lambda p: _probe(p, deep, limit_s, running), points))
+        except BaseException:
+            # Ctrl-C does not reach processes in groups of their own, nor the threads that wait.
+            threads.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                _kill(process)
+            raise
     _find_clashes(probes)
     return probes
 
@@ -98,13 +107,13 @@ def _points() -> Sequence[EntryPoint]:
     names = {name.strip() for name in chosen.split(",") if name.strip()}
     known = {point.name for point in found}
     if names - known:
-        raise unknown_name(
-            "plugin in IPN_PLUGINS", sorted(names - known)[0], known, "ipn plugins"
-        )
+        raise unknown_name("plugin in IPN_PLUGINS", sorted(names - known)[0], known, "ipn plugins")
     return [CORE, *(point for point in found if point.name in names)]
 
 
-def _probe(point: EntryPoint, deep: bool, limit_s: float) -> Probe:
+def _probe(
+    point: EntryPoint, deep: bool, limit_s: float, running: list[subprocess.Popen[bytes]]
+) -> Probe:
     plugin = identify(point)
     probe = Probe(plugin.name, plugin.distribution, plugin.version)
     question = json.dumps([point.name, probe.distribution, deep])
@@ -118,15 +127,16 @@ def _probe(point: EntryPoint, deep: bool, limit_s: float) -> Probe:
         # A group of its own, so that its children end with it.
         start_new_session=os.name == "posix",
     )
+    running.append(process)
     try:
         out, errors = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        _end(process)
+        _kill(process)
+        # A grandchild in a group of its own may hold the pipes open for longer.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=5)
         probe.faults.append(f"it took longer than {limit_s:g} s to import and was ended")
         return probe
-    except BaseException:
-        _end(process)
-        raise
     try:
         answer = json.loads(out)
         probe.components, probe.faults = answer["components"], answer["faults"]
@@ -136,18 +146,12 @@ def _probe(point: EntryPoint, deep: bool, limit_s: float) -> Probe:
     return probe
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     if os.name == "posix":
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     else:  # pragma: no cover
         process.kill()
-    try:
-        process.communicate(timeout=5)
-    except subprocess.TimeoutExpired:  # pragma: no cover  a grandchild in a group of its own
-        pass
 
 
 def _death(code: int, errors: str) -> str:

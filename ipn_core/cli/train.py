@@ -26,12 +26,11 @@ def train(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Train a model's stages; the language model and the vision encoder stay frozen."""
+    """Train a model's stages; the rest stays frozen. Prints the folder of the checkpoint."""
     from ipn_core.cli.terminal import quiet
 
     with quiet():
         from ipn_core.training.run import train as run
 
-        code = run(config, list(overrides or []), resume=resume, out=out)
-    if code:
-        raise typer.Exit(code)
+        folder = run(config, overrides or [], resume=resume, out=out)
+    print(folder)

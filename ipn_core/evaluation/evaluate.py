@@ -258,9 +258,7 @@ class _Run:
         order = self.model.config.layout.order
         return self.model.planner.plan(Prompt.ask(example.question, example.images, order=order))
 
-    def _batches(
-        self, indices: Sequence[int], examples: Sequence[Example]
-    ) -> Iterator[list[int]]:
+    def _batches(self, indices: Sequence[int], examples: Sequence[Example]) -> Iterator[list[int]]:
         """Yield batches of indices: windows whose pictures fit into memory, by question inside."""
         for window in self._windows(indices, examples):
             self.pictures.keep({p.name for i in window for p in examples[i].images})
@@ -268,9 +266,7 @@ class _Run:
             for start in range(0, len(window), self.batch_size):
                 yield window[start : start + self.batch_size]
 
-    def _windows(
-        self, indices: Sequence[int], examples: Sequence[Example]
-    ) -> Iterator[list[int]]:
+    def _windows(self, indices: Sequence[int], examples: Sequence[Example]) -> Iterator[list[int]]:
         first = next((e.images[0] for e in examples if e.images), None)
         room = self.pictures.room_for(first) if first else 1
         seen: dict[str, None] = {}

@@ -96,7 +96,7 @@ def requests_of(
         hidden = model.engine.hidden_at_request(plans, Percept(blank))
         assert model.requester is not None
         context = RequestContext(hidden, list(range(len(plans))), 0, model.requester.layer)
-        request: Request = model.pm.hook.request(context=context)
+        request: Request = model.call("request", context=context)
         return request.values[:, None]
     features = pictures.features(examples)
     percept = model.perceive([p.images for p in plans], [p.question for p in plans], features)

@@ -51,9 +51,7 @@ class TinyLook(Interaction):
         asked = self.queries + self.ask(request.values.mean(1, keepdim=True))
         scores = asked @ self.key(patches).transpose(1, 2)
         weights = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
-        return VisualMessage(
-            weights @ self.value(patches), weights if request.return_map else None
-        )
+        return VisualMessage(weights @ self.value(patches), weights if request.return_map else None)
 
 
 class TinyMean(TinyLook):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ipn_core.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from ipn_core.plugins import Registry
+    from ipn_core.plugins import Registrar
 
 __all__ = ["register"]
 
@@ -18,7 +18,7 @@ _STAGES = {"encoder": "tiny", "request": "hidden-state", "inject": "tokens"}
 
 
 @hookimpl
-def register(registry: Registry) -> None:
+def register(registry: Registrar) -> None:
     """Add the encoder `tiny`, and strategies `tiny-look` (with a map) and `tiny-mean` (none)."""
     registry.perceiver("tiny", "ipn_core.testing.tiny:TinyEncoder")
     registry.interaction("tiny-look", "ipn_core.testing.interactions:TinyLook")

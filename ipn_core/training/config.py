@@ -24,7 +24,7 @@ class DataConfig(Config):
 
     task: str
     split: str | None = None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     share: float = Field(default=1.0, gt=0)
     limit: int | None = Field(default=None, ge=1)
 

@@ -1,8 +1,8 @@
 """A cache on disk for what a frozen vision encoder makes of pictures.
 
 Keyed by the encoder's fingerprint and each picture's pixels, so that a changed file, another encoder
-or another size never meets a stale entry. Two files that only grow: `values.bin`, bfloat16 numbers,
-and `index.jsonl`, one line a picture, written after its values.
+or another size never meets a stale entry. Two files that only grow: `values.bin`, bfloat16
+numbers, and `index.jsonl`, one line a picture, written after its values.
 """
 
 from __future__ import annotations

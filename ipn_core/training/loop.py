@@ -76,7 +76,6 @@ class StageRun:
         accelerator: Accelerator,
         seed: int,
         digest: Callable[[], str],
-        report: Callable[[str], None],
     ) -> None:
         self.stage = stage
         self.model = model
@@ -94,7 +93,6 @@ class StageRun:
         if constant and any(not o.through_llm for o, _ in objectives):
             self.requests = RequestCache(model, digest())
         self.sampler = Sampler(data, stage, seed)
-        self.report = report
         decayed = [p for p in self.trained.values() if p.ndim > 1]
         plain = [p for p in self.trained.values() if p.ndim <= 1]
         groups = [
@@ -115,7 +113,9 @@ class StageRun:
         """Whether all steps are done."""
         return self.step >= self.stage.steps
 
-    def read_requests(self, data: Sequence[Data]) -> None:
+    def read_requests(
+        self, data: Sequence[Data], report: Callable[[int, int], None] | None = None
+    ) -> None:
         """Let the LLM read each distinct question of some data once, if that is enough."""
         if self.requests is None:
             return
@@ -126,11 +126,7 @@ class StageRun:
             return self.cache.get(keys)
 
         for one in data:
-            self.requests.add(
-                one.examples,
-                features,
-                lambda done, total: self.report(f"reading questions: {done} of {total}"),
-            )
+            self.requests.add(one.examples, features, report)
 
     def fit(self) -> None:
         """Prepare new weights for the data: a sample of requests and of patches."""

@@ -5,8 +5,8 @@
 `verbalise`         injection is learnt without pictures: the LLM says the answer it is handed
 `language`          the LLM's loss on the answer, end to end
 
-An objective is registered under its name (`registry.objective`) and checks by itself whether a model
-and its data can serve it.
+An objective is registered under its name (`registry.objective`) and checks by itself whether a
+model and its data can serve it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Objective(ABC):
     """One term of the loss.
 
     Attributes:
-        needs_pictures: whether features are needed.
-        needs_request: whether requests are; then they come from the cache or from the LLM.
+        name: what configs call it.
+        through_llm: whether it runs the LLM itself, and so makes its own requests.
     """
 
     name: str
@@ -93,7 +93,8 @@ class RequestImage(Objective):
         """Score each request that names something against each picture of the batch."""
         from dataclasses import replace
 
-        assert request is not None and self.model.interaction is not None
+        assert request is not None
+        assert self.model.interaction is not None
         rows = [i for i, e in enumerate(batch.examples) if e.names]
         seen = {tuple(p.name for p in batch.examples[i].images): i for i in rows}
         if not rows:
@@ -147,7 +148,8 @@ class AnswerEmbedding(Objective):
         hook = self.model.pm.hook
         message: VisualMessage = hook.interact(request=request, features=batch.features)
         directions = F.normalize(message.values.float(), dim=-1)
-        return self.sharpness * directions @ self.answers.directions.T
+        logits: Tensor = self.sharpness * directions @ self.answers.directions.T
+        return logits
 
 
 class Verbalise(Objective):
@@ -196,7 +198,7 @@ class _Answers:
     """The distinct answers, and a unit direction for each in the LLM's input space.
 
     Attributes:
-        directions: (A, D_in) mean input embedding of each answer's tokens, centred over all answers.
+        directions: (A, D_in) mean input embedding of each answer's tokens, centred over them all.
     """
 
     def __init__(self, model: IPN, data: Sequence[Data]) -> None:

@@ -6,11 +6,13 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from ipn_core.checkpoint import load_state as load_weights
 from ipn_core.checkpoint import read_weights, save, strategies_of
@@ -144,7 +146,7 @@ class Training:
         text = json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n"
         atomic_write(self.folder / CONFIG, text.encode())
         self.metrics = Metrics(self.folder, self.position.stage, self.position.step)
-        digest = _Once(lambda: backbone_digest(model))
+        digest = cache(partial(backbone_digest, model))
         for index in range(self.position.stage, len(self.config.stages)):
             run = StageRun(
                 self.config.stages[index],
@@ -155,7 +157,6 @@ class Training:
                 accelerator=accelerator,
                 seed=self.config.seed,
                 digest=digest,
-                report=self._note,
             )
             self._stage(index, run, data, validation, accelerator)
         frozen.check()
@@ -196,9 +197,7 @@ class Training:
                     f"pictures of {one.name} {one.split}", total=len(pictures), note=""
                 )
                 with accelerator.local_main_process_first():
-                    one.encode(
-                        self.cache, lambda n, task=task: progress.update(task, completed=n)
-                    )
+                    one.encode(self.cache, _Moving(progress, task))
         return data, validation
 
     def _stage(
@@ -210,7 +209,9 @@ class Training:
         accelerator: Accelerator,
     ) -> None:
         stage = run.stage
-        run.read_requests([*data, *validation])
+        with bar(self.console) as progress:
+            task = progress.add_task("questions read by the LLM", total=None, note="")
+            run.read_requests([*data, *validation], _Moving(progress, task))
         resumed = index == self.position.stage and self.position.step > 0
         if resumed:
             load_state(self.folder, run.model, run.optimizer, run.names)
@@ -228,19 +229,30 @@ class Training:
                 entry = run.advance()
                 note = f"loss {entry['loss']:.3f}, {entry['examples_per_s']:.0f} examples/s"
                 progress.update(task, completed=run.step, note=note)
-                if not accelerator.is_main_process:
-                    continue
-                here = {"stage": stage.name, "stage_index": index, "step": run.step}
-                if run.step % self.config.log_every == 0 or run.done:
+                if accelerator.is_main_process:
                     seconds = round(time.perf_counter() - started, 2)
-                    self.metrics.write(**here, **entry, seconds=seconds)
-                if run.done or (stage.validate_every and run.step % stage.validate_every == 0):
-                    self._validate(run, validation, here)
-                if run.done:
-                    self._save(accelerator, run, Position(index + 1, 0, self.digest), None)
-                elif run.step % self.config.save_every == 0:
-                    at = Position(index, run.step, self.digest, _scaler(accelerator))
-                    self._save(accelerator, run, at, run.optimizer)
+                    self._after(index, run, {**entry, "seconds": seconds}, validation, accelerator)
+
+    def _after(
+        self,
+        index: int,
+        run: StageRun,
+        entry: dict[str, float],
+        validation: list[Data],
+        accelerator: Accelerator,
+    ) -> None:
+        """Log, validate and save, where a step is due for it."""
+        stage = run.stage
+        here = {"stage": stage.name, "stage_index": index, "step": run.step}
+        if run.done or run.step % self.config.log_every == 0:
+            self.metrics.write(**here, **entry)
+        if run.done or (stage.validate_every and run.step % stage.validate_every == 0):
+            self._validate(run, validation, here)
+        if run.done:
+            save_state(self.folder, Position(index + 1, 0, self.digest), run.model, None, {})
+        elif run.step % self.config.save_every == 0:
+            at = Position(index, run.step, self.digest, _scaler(accelerator))
+            save_state(self.folder, at, run.model, run.optimizer, run.names)
 
     def _validate(self, run: StageRun, validation: list[Data], here: dict[str, Any]) -> None:
         found = run.validate(validation)
@@ -253,15 +265,6 @@ class Training:
             f"validation examples ({by_type})"
         )
 
-    def _save(
-        self,
-        accelerator: Accelerator,
-        run: StageRun,
-        position: Position,
-        optimizer: torch.optim.Optimizer | None,
-    ) -> None:
-        save_state(self.folder, position, run.model, optimizer, run.names)
-
     def _note(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
@@ -270,16 +273,14 @@ def _scaler(accelerator: Accelerator) -> dict[str, Any] | None:
     return accelerator.scaler.state_dict() if accelerator.scaler is not None else None
 
 
-class _Once:
-    """A value that is computed when it is first asked for."""
+class _Moving:
+    """Moves one task of a progress bar."""
 
-    def __init__(self, make: Any) -> None:
-        self.make = make
-        self.value: Any = None
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self.progress = progress
+        self.task = task
 
-    def __call__(self) -> Any:
-        if self.value is None:
-            self.value = self.make()
-        return self.value
+    def __call__(self, done: int, total: int | None = None) -> None:
+        self.progress.update(self.task, completed=done, total=total)
 
 

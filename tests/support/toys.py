@@ -84,12 +84,14 @@ def toy_model(
     **more: Any,
 ) -> IPN:
     """A model whose every trained number is random, the slots' included."""
-    model = IPN.from_config(
-        toy_config(registry, strategy, rounds, **more),
-        backbone=backbone or tiny_backbone(family),
-        encoder=TinyEncoder(TinyEncoderConfig()),
-        registry=registry,
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = IPN.from_config(
+            toy_config(registry, strategy, rounds, **more),
+            backbone=backbone or tiny_backbone(family),
+            encoder=TinyEncoder(TinyEncoderConfig()),
+            registry=registry,
+        )
     noise = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for value in model.trained_state().values():

@@ -1,4 +1,4 @@
-"""The published method, plainly: no cache, no batch, the whole LLM again after every look."""
+"""The published method, plainly: one prompt at a time, the whole LLM again after every look."""
 
 from __future__ import annotations
 
@@ -92,13 +92,24 @@ def loss(model: IPN, prompt: Prompt) -> tuple[Tensor, int]:
 
 
 @torch.no_grad()
+def greedy(model: IPN, prompt: Prompt, tokens: int) -> tuple[int, ...]:
+    """The most likely ids after a whole prompt, which is run again for each of them."""
+    embeds, made = whole(model, prompt).embeds, []
+    while len(made) < tokens and not (made and made[-1] in model.backbone.eos_ids):
+        scores = model.backbone.lm(inputs_embeds=embeds[None], use_cache=False)["logits"]
+        made.append(int(scores[0, -1].argmax()))
+        embeds = torch.cat([embeds, model.backbone.embed(torch.tensor(made[-1:]))])
+    return tuple(made)
+
+
+@torch.no_grad()
 def generate(model: IPN, prompt: Prompt, **options: Any) -> list[tuple[int, ...]]:
-    """Ids that transformers generates after a whole prompt, without a cache.
+    """Ids that transformers generates after a whole prompt, which it runs from its start.
 
     Padding after the end token is dropped.
     """
     embeds = whole(model, prompt).embeds[None]
-    options = {"do_sample": False, "use_cache": False, **options}
+    options = {"do_sample": False, **options}
     found = model.backbone.lm.generate(
         inputs_embeds=embeds,
         attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from ipn_core.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from ipn_core.plugins import Registry
+    from ipn_core.plugins import Registrar
 
 __all__ = ["register"]
 
 
 @hookimpl
-def register(registry: Registry) -> None:
+def register(registry: Registrar) -> None:
     """Add the backbones `llama` and `vicuna`."""
     registry.backbone("llama", "ipn_llama.llama:Llama")
     registry.backbone("vicuna", "ipn_llama.llama:Vicuna")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ipn_core.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from ipn_core.plugins import Registry
+    from ipn_core.plugins import Registrar
 
 __all__ = ["register"]
 
@@ -21,7 +21,7 @@ PRESET = {
 
 
 @hookimpl
-def register(registry: Registry) -> None:
+def register(registry: Registrar) -> None:
     """Add the interaction and its strategy."""
     registry.interaction("rvii", "ipn_rvii.rvii:RVII")
     registry.strategy("rvii", PRESET)

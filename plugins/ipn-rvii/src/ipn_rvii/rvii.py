@@ -177,14 +177,10 @@ class _Block(nn.Module):
         keys, values = self.self_attention.keys_values(normed)
         looked, _ = self.self_attention(normed, keys, values)
         tokens = tokens + self.dropout(looked)
-        keys, values = self.cross_attention.keys_values(patches)
+        # Each patch is mapped once, then laid out for all the questions about its picture.
+        keys, values = self.cross_attention.keys_values(patches, features)
         looked, seen = self.cross_attention(
-            self.cross_norm(tokens),
-            features.spread(keys),
-            features.spread(values),
-            mask,
-            log_maps,
-            return_map,
+            self.cross_norm(tokens), keys, values, mask, log_maps, return_map
         )
         tokens = tokens + self.dropout(looked)
         return tokens + self.dropout(self.mlp(self.mlp_norm(tokens))), seen
@@ -205,10 +201,15 @@ class _Attention(nn.Module):
             follow[index :: maps + 1, index] = 1
         self.follow = nn.Parameter(follow) if maps else None
 
-    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Project (…, W) to keys and values (…, H, W / H)."""
-        keys, values = self.kv(tokens).chunk(2, dim=-1)
-        return keys.unflatten(-1, (self.heads, -1)), values.unflatten(-1, (self.heads, -1))
+    def keys_values(
+        self, tokens: Tensor, features: VisualFeatures | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Project (B, N, W), or with features the packed (N, W), to two of (B, N, H, W / H)."""
+        both = self.kv(tokens)
+        if features is not None:
+            both = features.spread(both)
+        keys, values = both.unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        return keys, values
 
     def forward(
         self,

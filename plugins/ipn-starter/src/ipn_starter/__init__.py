@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from ipn_core.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from ipn_core.plugins import Registry
+    from ipn_core.plugins import Registrar
 
 __all__ = ["register"]
 
 
 @hookimpl
-def register(registry: Registry) -> None:
+def register(registry: Registrar) -> None:
     """Add the encoder, the two tasks and the weights."""
     registry.perceiver("efficientnet-lite0", "ipn_starter.encoder:EfficientNetLite0")
     registry.task("easy-vqa", "ipn_starter.easy_vqa:EasyVQA")

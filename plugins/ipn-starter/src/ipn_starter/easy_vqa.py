@@ -1,4 +1,4 @@
-"""The task `easy-vqa`: 5,000 pictures of one coloured shape, from the package of that name (MIT)."""
+"""The task `easy-vqa`: pictures of one coloured shape, from the package of that name (MIT)."""
 
 from __future__ import annotations
 

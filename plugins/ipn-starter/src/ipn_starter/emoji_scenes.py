@@ -248,7 +248,8 @@ class _Asker:
         for noun, answer in ((shown, "yes"), (absent, "no")):
             text = self._word("exist", a=f"{_article(noun)} {noun}")
             if self.varied and noun in _PLURAL and self.rng.random() < 0.5:
-                text = text.replace("Is there a ", "Are there any ").replace(f" a {noun}", f" {noun}")
+                text = text.replace("Is there a ", "Are there any ")
+                text = text.replace(f" a {noun}", f" {noun}")
             yield "exist", text, answer, noun
 
     def _where(self) -> Iterator[tuple[str, ...]]:

@@ -1,8 +1,8 @@
 """How the questions of `emoji-scenes` are worded: in training, and held out for `paraphrase`.
 
 `{rel}` is a relation, `{the}` and `{a}` a noun with its article, `{axis}` row or column, `{things}`
-a category, `{r}` and `{c}` a row and a column. The first of each type is the plain wording, the only
-one that `val`, `test` and `composition` use.
+a category, `{r}` and `{c}` a row and a column. The first of each type is the plain wording, the
+only one that `val`, `test` and `composition` use.
 """
 
 from __future__ import annotations

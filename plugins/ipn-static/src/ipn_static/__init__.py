@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ipn_core.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from ipn_core.plugins import Registry
+    from ipn_core.plugins import Registrar
 
 __all__ = ["register"]
 
@@ -19,7 +19,7 @@ PRESET = {
 
 
 @hookimpl
-def register(registry: Registry) -> None:
+def register(registry: Registrar) -> None:
     """Add the connector and its strategy."""
     registry.perceiver("static", "ipn_static.static:StaticConnector")
     registry.strategy("static", PRESET)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from ipn_core.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from ipn_core.plugins import Registry
+    from ipn_core.plugins import Registrar
 
 __all__ = ["register"]
 
 
 @hookimpl
-def register(registry: Registry) -> None:
+def register(registry: Registrar) -> None:
     """Add the perceiver `vision`."""
     registry.perceiver("vision", "ipn_vision.tower:VisionTower")

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+from command_line import Run, assert_refused
+
+COMMANDS = ("ask", "chat", "eval", "train", "plugins", "models", "doctor")
+
+
+@pytest.mark.parametrize("words", [(), *((c,) for c in COMMANDS), ("models", "pull")])
+def test_help_is_there_and_names_the_debug_option(
+    words: tuple[str, ...], ipn: Callable[..., Run]
+) -> None:
+    run = ipn(*words, "--help")
+    assert run.code == 0
+    assert "--debug" in run.out
+    assert not run.err
+    if not words:
+        assert all(command in run.out for command in COMMANDS)
+
+
+def test_no_words_show_the_help_and_are_no_success(ipn: Callable[..., Run]) -> None:
+    run = ipn()
+    assert run.code == 2
+    assert "Usage: ipn" in run.out + run.err
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("asq",), ("No such command 'asq'", "'ask'")),
+        (("ask",), ("Missing argument", "IMAGE", "See 'ipn ask --help'")),
+        (("ask", "a.png"), ("Missing argument", "QUESTION")),
+        (("ask", "a.png", "b", "--heatmop", "x"), ("--heatmop", "--heatmap")),
+        (("eval", "x", "--limit", "0"), ("--limit",)),
+        (("eval", "x", "--limit", "two"), ("--limit", "integer")),
+        (("models", "pull"), ("NAME",)),
+        (("models", "pul"), ("pul",)),
+    ],
+)
+def test_words_that_are_no_command_line(
+    words: tuple[str, ...], parts: tuple[str, ...], ipn: Callable[..., Run]
+) -> None:
+    assert_refused(ipn(*words), *parts)
+
+
+def test_version_is_the_distributions(ipn: Callable[..., Run]) -> None:
+    from importlib.metadata import version
+
+    assert ipn("--version").out == f"ipn-core {version('ipn-core')}\n"
+
+
+def test_help_imports_nothing_heavy_and_loads_no_plugin(
+    fake_plugin: Callable[[str, str], dict[str, str]],
+) -> None:
+    env = fake_plugin("loud", "import sys; sys.stderr.write('loaded')")
+    code = (
+        "import sys\nfrom ipn_core.cli import main\ncode = main(['--help'])\n"
+        "heavy = ['torch', 'transformers', 'xformers', 'pydantic', 'pluggy', 'numpy', 'PIL']\n"
+        "print([m for m in heavy if m in sys.modules], code, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
+    )
+    assert done.stderr == "[] 0\n"
+    assert "ask" in done.stdout
+
+
+def test_help_is_as_quick_as_that_of_an_empty_app() -> None:
+    empty = "import typer\napp = typer.Typer()\n" + "".join(
+        f"@app.command('{c}')\ndef {c}(): 'Do it.'\n" for c in COMMANDS
+    )
+    ours = "import sys; from ipn_core.cli import main; sys.exit(main())"
+    times: dict[str, list[float]] = {empty: [], ours: []}
+    for _ in range(7):
+        for code, taken in times.items():
+            call = code + ("app()" if code is empty else "")
+            start = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-c", call, "--help"], check=True, stdout=subprocess.DEVNULL
+            )
+            taken.append(time.perf_counter() - start)
+    ratio = statistics.median(times[ours]) / statistics.median(times[empty])
+    assert ratio <= 1.5, f"{ratio:.2f} times the help of an empty app"
+
+
+def test_a_reader_that_leaves_early_is_no_failure() -> None:
+    code = "import sys; from ipn_core.cli import main; sys.exit(main(['--help']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 0

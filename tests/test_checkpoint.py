@@ -1,0 +1,238 @@
+"""Checkpoints hold what was trained, bit for bit, and nothing else is ever loaded."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ipn_core import checkpoint
+from ipn_core.errors import CheckpointError, IPNError, UnknownNameError
+from ipn_core.model import IPN
+from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
+from safetensors.torch import load_file, save_file
+from toys import picture, toy_model
+
+
+@pytest.fixture
+def saved(registry: Any, tmp_path: Path) -> Path:
+    toy_model(registry, "toy-both").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def load(registry: Any, folder: Any, **options: Any) -> IPN:
+    return IPN.from_pretrained(
+        folder,
+        backbone=tiny_backbone(),
+        encoder=TinyEncoder(TinyEncoderConfig()),
+        registry=registry,
+        **options,
+    )
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    state = {**load_file(folder / "model.safetensors"), **tensors}
+    save_file({k: v for k, v in state.items() if v is not None}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("strategy", ["tiny-look", "toy-both", "toy-static"])
+def test_a_saved_model_comes_back_bit_for_bit(registry: Any, tmp_path: Path, strategy: str) -> None:
+    model = toy_model(registry, strategy)
+    model.save_pretrained(tmp_path)
+    again = load(registry, tmp_path)
+    assert again.config == model.config
+    mine, theirs = model.trained_state(), again.trained_state()
+    assert list(mine) == list(theirs)
+    assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+    options = {"max_new_tokens": 4}
+    assert (
+        again.ask(picture(), "What?", **options).ids == model.ask(picture(), "What?", **options).ids
+    )
+
+
+def test_only_the_config_and_the_trained_weights_are_written(saved: Path) -> None:
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert not any("backbone" in key for key in load_file(saved / "model.safetensors"))
+
+
+def test_weights_may_be_saved_in_another_dtype(registry: Any, tmp_path: Path) -> None:
+    model = toy_model(registry)
+    checkpoint.save(model, tmp_path, torch.bfloat16)
+    assert {v.dtype for v in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    again = load(registry, tmp_path)
+    assert again.stage_dtype == torch.float32
+    for key, value in model.trained_state().items():
+        assert torch.equal(again.trained_state()[key], value.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"slots.request": None}, "missing slots.request"),
+        ({"slots.reqest": torch.zeros(2)}, "unexpected slots.reqest .*mean 'slots.request'"),
+        ({"slots.request": torch.zeros(2, 9)}, r"slots.request has shape \(2, 9\).* \(1, 32\)"),
+        ({"slots.request": torch.full((1, 32), float("nan"))}, "slots.request holds .* not finite"),
+        ({"slots.image": torch.full((32,), float("inf"))}, "slots.image holds .* not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_key(
+    registry: Any, saved: Path, changes: Any, reason: str
+) -> None:
+    change(saved, **changes)
+    with pytest.raises(CheckpointError, match=reason):
+        load(registry, saved)
+
+
+def test_a_refused_state_leaves_the_model_as_it_was(registry: Any) -> None:
+    model = toy_model(registry)
+    before = {k: v.clone() for k, v in model.trained_state().items()}
+    state = {k: v + 1 for k, v in before.items()}
+    state["slots.request"] = torch.zeros(7)
+    with pytest.raises(CheckpointError):
+        checkpoint.load_state(model, state, "here")
+    assert all(torch.equal(v, before[k]) for k, v in model.trained_state().items())
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(Path.cwd() / "pwned"),))
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.pt", "weights.pth", "a.ckpt", "a.pkl"])
+@pytest.mark.parametrize("with_config", [False, True])
+def test_pickled_weights_are_refused_and_not_opened(
+    registry: Any, saved: Path, name: str, with_config: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved.parent)
+    (saved / "model.safetensors").unlink()
+    if not with_config:
+        (saved / "config.json").unlink()
+    (saved / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError, match=rf"{name}.* can run code when loaded: refused"):
+        load(registry, saved)
+    assert not Path("pwned").exists()
+
+
+def test_a_pickle_named_safetensors_is_refused(registry: Any, saved: Path) -> None:
+    (saved / "model.safetensors").write_bytes(pickle.dumps({"slots.request": 1}))
+    with pytest.raises(CheckpointError, match="damaged or no safetensors file"):
+        load(registry, saved)
+
+
+def test_a_file_cut_short_is_refused(registry: Any, saved: Path) -> None:
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load(registry, saved)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_link_out_of_the_folder_is_refused(registry: Any, saved: Path, name: str) -> None:
+    outside = saved.parent / name
+    (saved / name).rename(outside)
+    (saved / name).symlink_to(outside)
+    with pytest.raises(CheckpointError, match="is a link out of its folder: refused"):
+        load(registry, saved)
+
+
+def test_the_hubs_links_to_its_own_blobs_are_followed(registry: Any, saved: Path) -> None:
+    snapshot = saved.parent / "hub" / "snapshots" / "abc"
+    blobs = saved.parent / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in saved.iterdir():
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(blobs / file.name)
+    assert load(registry, snapshot).strategy == "toy-both"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_leaves_the_old_files_intact(
+    registry: Any, saved: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+
+    def full(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(IPNError, match="cannot write .*unchanged. Free some space") as caught:
+        toy_model(registry, "toy-both", seed=5).save_pretrained(saved)
+    assert caught.value.exit_code == 1
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "must hold an object"),
+        ("{}", "has format None; this version reads 1"),
+        ('{"format": 99}', "has format 99"),
+        ('{"format": 1}', "config.json.backbone' is missing"),
+    ],
+)
+def test_a_damaged_config_is_refused(registry: Any, saved: Path, content: str, reason: str) -> None:
+    (saved / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=reason):
+        load(registry, saved)
+
+
+def test_an_unknown_key_of_a_config_is_refused_with_the_near_one(
+    registry: Any, saved: Path
+) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["layout"]["round"] = 1
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"unknown key .*layout.round'.* 'rounds'"):
+        load(registry, saved)
+
+
+@pytest.fixture
+def several(registry: Any, tmp_path: Path) -> Path:
+    for strategy in ("tiny-look", "toy-static"):
+        toy_model(registry, strategy).save_pretrained(tmp_path / strategy)
+    index = {"default": "toy-static", "strategies": ["tiny-look", "toy-static"]}
+    (tmp_path / "models.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def test_a_folder_of_several_strategies_gives_the_default_or_the_named_one(
+    registry: Any, several: Path
+) -> None:
+    assert load(registry, several).strategy == "toy-static"
+    assert load(registry, several, interact="tiny-look").strategy == "tiny-look"
+
+
+def test_a_strategy_without_trained_weights_is_refused_with_the_list(
+    registry: Any, several: Path
+) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"'toy-both': it has toy-static, tiny-look.*untrained"
+    ):
+        load(registry, several, interact="toy-both")
+    assert load(registry, several, interact="toy-both", untrained=True).strategy == "toy-both"
+    with pytest.raises(UnknownNameError, match="unknown strategy 'nothing'"):
+        load(registry, several, interact="nothing", untrained=True)
+
+
+@pytest.mark.parametrize("names", [["../toy"], ["/etc"], [".."], [], "toy-static", [1]])
+def test_an_index_that_leads_elsewhere_is_refused(registry: Any, several: Path, names: Any) -> None:
+    index = {"default": names[0] if names else "a", "strategies": names}
+    (several / "models.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="must hold 'strategies', a list of folder names"):
+        load(registry, several)
+
+
+def test_a_folder_that_is_no_model_and_an_unknown_name_are_refused(
+    registry: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="is no model of ours: it has neither config.json"):
+        load(registry, tmp_path)
+    with pytest.raises(UnknownNameError, match="unknown model 'nothing'.*ipn models list"):
+        load(registry, "nothing")

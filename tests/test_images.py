@@ -1,0 +1,129 @@
+"""Decoding: any picture becomes upright RGB, and anything else one clear message."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ipn_core.errors import ImageError
+from ipn_core.images import content_key, load_image
+from PIL import Image
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+RED = Image.new("RGB", (6, 4), (255, 0, 0))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_usual_format_is_read(kind: str) -> None:
+    image = load_image(encoded(RED, kind))
+    assert (image.mode, image.size) == ("RGB", (6, 4))
+    red, green, blue = image.getpixel((3, 2))
+    assert red > 240
+    assert green < 20
+    assert blue < 20
+
+
+def test_paths_bytes_images_and_arrays_give_the_same_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(RED))
+    sources = [path, str(path), path.read_bytes(), RED, np.asarray(RED)]
+    assert len({content_key(load_image(s)) for s in sources}) == 1
+
+
+def test_exif_turns_the_picture_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert load_image(encoded(RED, "JPEG", exif=exif)).size == (4, 6)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_become_white(mode: str) -> None:
+    clear = Image.new("RGBA", (2, 2), (9, 9, 9, 0))
+    data = encoded(clear.convert(mode)) if mode != "P" else encoded(clear, "GIF")
+    assert load_image(data).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    deep = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
+    assert [load_image(encoded(deep)).getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "HSV", "LAB", "F", "I"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    assert load_image(Image.new(mode, (3, 2))).mode == "RGB"
+
+
+def test_an_animation_gives_its_first_frame() -> None:
+    blue = Image.new("RGB", RED.size, "blue")
+    data = encoded(RED, "GIF", save_all=True, append_images=[blue])
+    assert load_image(data).getpixel((0, 0))[0] > 240
+
+
+def test_the_key_is_of_the_pixels_not_of_the_file() -> None:
+    assert content_key(load_image(encoded(RED, "PNG"))) == content_key(
+        load_image(encoded(RED, "BMP"))
+    )
+    turned = load_image(RED.transpose(Image.Transpose.ROTATE_90))
+    assert content_key(turned) != content_key(load_image(RED))
+
+
+def test_a_picture_over_the_limit_is_refused_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = encoded(Image.new("1", (9_000, 9_000)))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match="9000×9000 pixels; at most 50,000,000 are accepted"):
+        load_image(data)
+
+
+def test_a_bomb_that_pillow_itself_refuses_is_an_image_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(ImageError, match="far more pixels; at most"):
+        load_image(encoded(RED))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
+def test_a_file_cut_short_is_refused(kind: str, part: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise), kind)
+    with pytest.raises(ImageError, match=r"damaged or cut short|not an image|cannot be decoded"):
+        load_image(data[: int(len(data) * part)])
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("missing.png", "no such file: 'missing.png'. Give the path of a picture"),
+        ("a\0b", "cannot hold a null character"),
+        (b"", "not an image|damaged"),
+        (b"hello", r"the image \(5 bytes\) is not an image that Pillow can read. Give a PNG"),
+        (np.zeros((2, 2), np.float32), "must be uint8, got float32"),
+        (np.zeros((2, 2, 2), np.uint8), r"must be \(h, w\), .* got \(2, 2, 2\)"),
+        (np.zeros((0, 2, 3), np.uint8), "the image is empty"),
+        (3, "must be a path, bytes, a PIL image or an array, got int"),
+        (None, "got NoneType"),
+    ],
+)
+def test_what_is_no_picture_is_refused(source: Any, text: str) -> None:
+    with pytest.raises(ImageError, match=text):
+        load_image(source)
+
+
+def test_a_folder_and_a_text_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="is a folder. Give the path of a picture"):
+        load_image(tmp_path)
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(ImageError, match=r"a.png' is not an image"):
+        load_image(tmp_path / "a.png")
