@@ -104,7 +104,7 @@ class Backbone(nn.Module):
     @property
     def D_in(self) -> int:
         """Width of the input embeddings."""
-        return int(self.lm.get_input_embeddings().weight.shape[1])
+        return int(self._embedding.shape[1])
 
     @property
     def D_out(self) -> int:
@@ -128,14 +128,19 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     @property
+    def _embedding(self) -> Tensor:
+        weight: Tensor = self.lm.get_input_embeddings().weight
+        return weight
+
+    @property
     def device(self) -> torch.device:
         """Where the inputs go."""
-        return self.lm.get_input_embeddings().weight.device
+        return self._embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the weights are held in."""
-        return self.lm.get_input_embeddings().weight.dtype
+        return self._embedding.dtype
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

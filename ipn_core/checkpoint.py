@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ipn_core.backbone import Backbone
     from ipn_core.model import IPN
     from ipn_core.stages import VisionEncoder
+
+Model = TypeVar("Model", bound="IPN")
 
 __all__ = [
     "CONFIG",
@@ -67,7 +69,7 @@ def save(model: IPN, folder: Path, dtype: torch.dtype | None = None) -> None:
 
 
 def load(
-    cls: type[IPN],
+    cls: type[Model],
     source: str | Path,
     *,
     interact: str | None,
@@ -75,7 +77,7 @@ def load(
     backbone: Backbone | None,
     encoder: VisionEncoder | None,
     registry: Registry | None,
-) -> IPN:
+) -> Model:
     """Load a model; see `IPN.from_pretrained`."""
     registry = registry or get_registry()
     folder = locate_model(source, registry)
@@ -108,6 +110,8 @@ def strategies_of(folder: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: the folder is no model, its index is damaged, or it holds only pickles.
     """
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no model in '{folder}': no such folder.")
     index = folder / INDEX
     if index.is_file():
         content = _read_json(index)
@@ -124,6 +128,12 @@ def strategies_of(folder: Path) -> dict[str, Path]:
         return {n: _inside(folder, folder / n) for n in ordered}
     if (folder / CONFIG).is_file():
         content = _read_json(folder / CONFIG)
+        if "architectures" in content:
+            raise CheckpointError(
+                f"'{folder}' holds a language model ({', '.join(content['architectures'])}), which "
+                "is a backbone's weights and cannot look at pictures by itself. Name it in a "
+                "config as backbone.weights."
+            )
         name = content.get("strategy") or (content.get("interact") or {}).get("name") or "model"
         return {str(name): folder}
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)

@@ -11,7 +11,7 @@ import torch
 from ipn_core.answer import Answer
 from ipn_core.clock import Clock
 from ipn_core.features import VisualFeatures
-from ipn_core.prompt import Prompt, Shown, Text, Turn
+from ipn_core.prompt import Content, Prompt, Shown, Text, Turn
 from ipn_core.stages import Percept
 
 if TYPE_CHECKING:
@@ -61,14 +61,8 @@ class Dialogue:
         shown = [Shown(image) for image in (*self._waiting, *images)]
         order = model.config.layout.order
         text = [Text(question)]
-        content = (
-            [*shown, *text]
-            if order.index("images") < order.index("text")
-            else [
-                *text,
-                *shown,
-            ]
-        )
+        pictures_first = order.index("images") < order.index("text")
+        content: list[Content] = [*shown, *text] if pictures_first else [*text, *shown]
         asked = Prompt.ask(question)  # refuses an empty question before anything is done
         prompt = Prompt((*self.prompt.turns, Turn(asked.turns[0].role, tuple(content))))
         plan = model.planner.plan(prompt)

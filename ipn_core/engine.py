@@ -400,9 +400,12 @@ class Engine:
             "inject": ("tokens", "injector"),
         }[stage]
         tensor = None if isinstance(result, Tensor) else getattr(result, attribute, None)
-        if isinstance(tensor, Tensor) and tensor.ndim == len(expected):
-            if all(e in (None, g) for e, g in zip(expected, tensor.shape, strict=True)):
-                return tensor
+        if (
+            isinstance(tensor, Tensor)
+            and tensor.ndim == len(expected)
+            and all(e in (None, g) for e, g in zip(expected, tensor.shape, strict=True))
+        ):
+            return tensor
         wanted = ", ".join("·" if e is None else str(e) for e in expected)
         got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(result).__name__
         module = type(getattr(self.model, part)).__name__

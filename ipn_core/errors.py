@@ -96,7 +96,9 @@ class TrainingError(IPNError):
 
 def near(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the nearest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    names = list(known)
+    begins = sorted(k for k in names if len(name) > 2 and k.startswith(name))
+    close = begins[:1] or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 

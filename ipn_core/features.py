@@ -252,7 +252,7 @@ def _look_at_chosen(
     boxes: Sequence[Box],
 ) -> VisualFeatures:
     """Look again for a selection: `chosen` holds (row, image looked at) for each picture."""
-    seen = look([(chosen[image][1], *edges) for image, *edges in boxes])
+    seen = look([(chosen[box[0]][1], *box[1:]) for box in boxes])
     rows = [chosen[box[0]][0] for box in boxes]
     spans = (replace(s, sample=row) for s, row in zip(seen.images, rows, strict=True))
     return replace(seen, images=tuple(spans), batch=batch)

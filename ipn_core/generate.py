@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ipn_core.answer import Answer, Answers
 from ipn_core.engine import LookRecord, Prefix, State
 from ipn_core.errors import PromptError
 from ipn_core.generation import check_options, prompt_processors, repeats_of, with_config
-from ipn_core.plan import Plan, Tokens
+from ipn_core.plan import Plan
 
 if TYPE_CHECKING:
     from ipn_core.clock import Clock
@@ -64,7 +64,8 @@ def decode(
     pad = model.backbone.tokenizer.pad_token_id
     options.setdefault("pad_token_id", pad if pad is not None else next(iter(ends), 0))
     output = _generate(model, plans, percept, prefix, cache, options, clock)
-    sequences = _trimmed(output.sequences, ends, options["pad_token_id"])
+    stops = options.get("stop_strings") or options.get("stopping_criteria")
+    sequences = _trimmed(output.sequences, ends, options["pad_token_id"] if stops else None)
     answers = _answers(model, state, sequences, returned, clock)
     mask = torch.cat([state.mask, prefix.mask], dim=1)
     fed = int(cache.get_seq_length()) - mask.shape[1]
@@ -97,9 +98,9 @@ def _generate(
     # `generate` reads only the length of what the cache holds; the embeddings there are not used.
     held = prefix.embeds.new_zeros(len(plans), state.length, prefix.embeds.shape[2])
     mask = torch.cat([state.mask, prefix.mask], dim=1).long()
-    texts = [[i for p in plan.pieces if isinstance(p, Tokens) for i in p.ids] for plan in plans]
+    texts = [plan.text_ids for plan in plans]
     processors = LogitsProcessorList(options.pop("logits_processor", None) or [])
-    processors.extend(prompt_processors(options, texts))
+    processors.extend(prompt_processors(options, lm.generation_config, texts))
     with model.engine.layers(state, percept, repeats), clock.decoding(lm):
         return lm.generate(
             inputs_embeds=torch.cat([held, prefix.embeds], dim=1),
@@ -136,13 +137,18 @@ def _check_room(model: IPN, prefix: Prefix, options: dict[str, Any]) -> None:
         options["max_length"] = min(int(options["max_length"]), held + limit - longest)
 
 
-def _trimmed(sequences: Tensor, ends: Sequence[int], pad: int) -> list[tuple[int, ...]]:
-    """The emitted ids of each row up to and with the first end token; padding is dropped."""
+def _trimmed(sequences: Tensor, ends: Sequence[int], pad: int | None) -> list[tuple[int, ...]]:
+    """The emitted ids of each row up to and with the first end token, without padding.
+
+    Args:
+        sequences: (rows, generated) ids.
+        ends: ids that end an answer.
+        pad: what follows where another rule may have ended a row before the others, else None.
+    """
     rows = []
     for row in sequences.tolist():
         stop = next((i + 1 for i, id_ in enumerate(row) if id_ in ends), len(row))
-        if len(sequences) > 1 and stop == len(row):
-            # A stopping rule ended this row before the others.
+        if pad is not None and len(sequences) > 1 and stop == len(row):
             while stop > 1 and row[stop - 1] == pad:
                 stop -= 1
         rows.append(tuple(row[:stop]))
@@ -170,9 +176,10 @@ def _answers(
             "dynamic": counts.dynamic,
             "generated": max(len(ids) - 1, 0),
         }
+        text = cast("str", tokenizer.decode(list(ids), skip_special_tokens=True))
         answers.append(
             Answer(
-                text=tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                text=text.strip(),
                 ids=ids,
                 attention=None if maps is None else maps[-1],
                 attentions=maps,

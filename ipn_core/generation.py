@@ -141,11 +141,14 @@ WITH_PROMPT_IDS = ("no_repeat_ngram_size", "repetition_penalty")
 """Options that read the prompt's ids and are served by a processor that knows them."""
 
 
-def prompt_processors(options: dict[str, Any], prompt: Sequence[Sequence[int]]) -> list[Any]:
-    """Take the options of `WITH_PROMPT_IDS` out and return logits processors that serve them.
+def prompt_processors(
+    options: dict[str, Any], defaults: Any, prompt: Sequence[Sequence[int]]
+) -> list[Any]:
+    """Return logits processors for the options of `WITH_PROMPT_IDS`, and switch these off.
 
     Args:
-        options: generation options; those served here are removed.
+        options: generation options; those served here are set to their neutral values.
+        defaults: the generation config of the language model, which may ask for them too.
         prompt: the text ids of each row, slots left out.
     """
     from transformers.generation.logits_process import (
@@ -153,12 +156,20 @@ def prompt_processors(options: dict[str, Any], prompt: Sequence[Sequence[int]]) 
         RepetitionPenaltyLogitsProcessor,
     )
 
-    makers: dict[str, Any] = {
-        "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
-        "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+    makers: dict[str, tuple[Any, float]] = {
+        "no_repeat_ngram_size": (NoRepeatNGramLogitsProcessor, 0),
+        "repetition_penalty": (RepetitionPenaltyLogitsProcessor, 1.0),
     }
-    asked = {name: options.pop(name, None) for name in WITH_PROMPT_IDS}
-    return [_WithPrompt(makers[name](value), prompt) for name, value in asked.items() if value]
+    processors = []
+    for name in WITH_PROMPT_IDS:
+        make, neutral = makers[name]
+        value = options.get(name)
+        value = getattr(defaults, name, None) if value is None else value
+        if value is not None:
+            options[name] = neutral
+            if value != neutral:
+                processors.append(_WithPrompt(make(value), prompt))
+    return processors
 
 
 class _WithPrompt:

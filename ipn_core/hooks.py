@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    from ipn_core.features import VisualFeatures
     from ipn_core.plugins import Registrar
     from ipn_core.stages import (
         InjectContext,
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
         Percept,
         Request,
         RequestContext,
-        VisualFeatures,
         VisualMessage,
     )
 

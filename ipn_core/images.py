@@ -31,7 +31,8 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
     """Open a picture as upright RGB.
 
     Args:
-        source: a path, encoded bytes, a PIL image, or an array (h, w), (h, w, 3) or (h, w, 4), uint8.
+        source: a path, encoded bytes, a PIL image, or an array (h, w), (h, w, 3) or (h, w, 4),
+            uint8.
         max_pixels: the largest width × height to accept.
 
     Returns:

@@ -175,7 +175,7 @@ class IPN(nn.Module):
         """
         from ipn_core.checkpoint import load
 
-        model = load(
+        return load(
             cls,
             source,
             interact=interact,
@@ -184,7 +184,6 @@ class IPN(nn.Module):
             encoder=encoder,
             registry=registry,
         )
-        return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the config and everything trained; backbone and encoder are named, not copied."""
@@ -367,7 +366,7 @@ class _Builder:
             ) from error
 
 
-def _with(dims: Dims, **changes: int) -> Dims:
+def _with(dims: Dims, **changes: Any) -> Dims:
     from dataclasses import replace
 
     return replace(dims, **changes)

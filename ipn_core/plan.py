@@ -11,7 +11,7 @@ import copy
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ipn_core.errors import PromptError
 from ipn_core.prompt import Ids, Prompt, Shown, Text, Turn
@@ -75,11 +75,13 @@ class Plan:
         pieces: runs of ids and slots.
         images: the pictures, in the order in which the image slots count them.
         question: the text of the last user's turn.
+        past: the text ids before the pieces, which are in the cache already.
     """
 
     pieces: tuple[Piece, ...]
     images: tuple[Any, ...] = ()
     question: str = ""
+    past: tuple[int, ...] = ()
     _segments: list[tuple[Piece, ...]] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -118,7 +120,13 @@ class Plan:
                 rest[-1] = Tokens((*rest[-1].ids, entry))
             else:
                 rest.append(Tokens((entry,)))
-        return Plan(tuple(rest), self.images, self.question)
+        past = tuple(entry for entry in fed if isinstance(entry, int))
+        return Plan(tuple(rest), self.images, self.question, past)
+
+    @property
+    def text_ids(self) -> list[int]:
+        """All ids of text, those in the cache included."""
+        return [*self.past, *(i for p in self.pieces if isinstance(p, Tokens) for i in p.ids)]
 
 
 class Planner:
@@ -150,7 +158,8 @@ class Planner:
         self._tokenizer.add_tokens(
             [AddedToken(m, special=True, normalized=False) for m in marks], special_tokens=True
         )
-        ids = self._tokenizer.convert_tokens_to_ids(marks)
+        # One id for each of several tokens; transformers' types also allow a single id.
+        ids = cast("list[int]", self._tokenizer.convert_tokens_to_ids(marks))
         self._slot_id = ids[0]
         self._escape_ids = {
             id_: tuple(
@@ -259,7 +268,9 @@ class Planner:
                 text += self._slot_mark * len(look)
             if isinstance(piece, Shown):
                 if turn.role != "user":
-                    raise PromptError(f"a picture stands in the {turn.role}'s turn; only a user shows pictures.")
+                    raise PromptError(
+                        f"a picture stands in the {turn.role}'s turn; only a user shows pictures."
+                    )
                 slots.append(ImageSlot(state.images))
                 state.images += 1
                 text += self._slot_mark
@@ -293,7 +304,7 @@ class Planner:
                 text = piece.text.strip() if self._trims else piece.text
                 ids.extend(self._answer_ids(gap + text))
         if closer:
-            ids.append(int(self._original.convert_tokens_to_ids(closer)))
+            ids += cast("list[int]", self._original.convert_tokens_to_ids([closer]))
         elif self._original.eos_token_id is not None:
             ids.append(int(self._original.eos_token_id))
         return Tokens(tuple(ids), learn=True)

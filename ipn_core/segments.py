@@ -191,7 +191,7 @@ def _spread(segments: list[tuple[Piece, ...]], columns: int) -> list[tuple[Piece
 def _cut(pieces: tuple[Piece, ...]) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
     """Cut before the last token, or before the token that predicts the answer to learn."""
     index = len(pieces) - 1
-    while index > 0 and isinstance(pieces[index], Tokens) and pieces[index].learn:
+    while index > 0 and isinstance(piece := pieces[index], Tokens) and piece.learn:
         index -= 1
     before = pieces[index]
     if not isinstance(before, Tokens) or (index == 0 and len(before.ids) == 1):

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from ipn_core.plugins import Registry
+from accelerate.state import AcceleratorState
+from lessons import save_llm
 from toys import toy_registry
+
+from ipn_core.plugins import Registry
 
 
 @pytest.fixture(scope="session")
 def registry() -> Registry:
     """Everything installed, and the toy strategies."""
     return toy_registry()
+
+
+@pytest.fixture(scope="session")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny language model."""
+    return save_llm(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture
+def own_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train as a process of its own would: with empty caches, and in whatever precision."""
+    monkeypatch.setenv("IPN_CACHE", str(tmp_path / "cache"))
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from toys import picture, toy_model
+
 from ipn_core import checkpoint
 from ipn_core.errors import CheckpointError, IPNError, UnknownNameError
 from ipn_core.model import IPN
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
-from safetensors.torch import load_file, save_file
-from toys import picture, toy_model
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_a_full_disk_leaves_the_old_files_intact(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(IPNError, match="cannot write .*unchanged. Free some space") as caught:
+    with pytest.raises(IPNError, match=r"cannot write .*unchanged. Free some space") as caught:
         toy_model(registry, "toy-both", seed=5).save_pretrained(saved)
     assert caught.value.exit_code == 1
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
@@ -232,7 +233,7 @@ def test_an_index_that_leads_elsewhere_is_refused(registry: Any, several: Path, 
 def test_a_folder_that_is_no_model_and_an_unknown_name_are_refused(
     registry: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match="is no model of ours: it has neither config.json"):
+    with pytest.raises(CheckpointError, match=r"is no model of ours: it has neither config.json"):
         load(registry, tmp_path)
-    with pytest.raises(UnknownNameError, match="unknown model 'nothing'.*ipn models list"):
+    with pytest.raises(UnknownNameError, match=r"unknown model 'nothing'.*ipn models list"):
         load(registry, "nothing")

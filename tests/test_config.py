@@ -7,9 +7,10 @@ from typing import Any
 
 import pydantic
 import pytest
+from toys import toy_config, toy_model
+
 from ipn_core.config import Config, IPNConfig, Layout, load_yaml, set_by_path
 from ipn_core.errors import ConfigError, UnknownNameError
-from toys import toy_config, toy_model
 
 BASE = {"backbone": "llama", "encoder": "tiny", "layout": {"rounds": 0}}
 ASKING = {"request": "hidden-state", "interact": "tiny-look", "inject": "tokens"}
@@ -99,11 +100,11 @@ def test_a_preset_is_not_changed_by_its_users(registry: Any) -> None:
 
 
 def test_unknown_strategies_components_and_options_are_refused(registry: Any) -> None:
-    with pytest.raises(UnknownNameError, match="unknown strategy 'tiny-lok'.*'tiny-look'"):
+    with pytest.raises(UnknownNameError, match=r"unknown strategy 'tiny-lok'.*'tiny-look'"):
         IPNConfig.resolve({**BASE, "strategy": "tiny-lok"}, registry, "config")
-    with pytest.raises(UnknownNameError, match="unknown interaction 'tiny-lok'.*'tiny-look'"):
+    with pytest.raises(UnknownNameError, match=r"unknown interaction 'tiny-lok'.*'tiny-look'"):
         toy_model(registry, interact="tiny-lok")
-    with pytest.raises(ConfigError, match="unknown key 'interaction tiny-look.widht'.*'width'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'interaction tiny-look.widht'.*'width'"):
         toy_model(registry, interact={"widht": 3})
     with pytest.raises(ConfigError, match="perceiver 'toy-linear' takes no options, got wide"):
         toy_model(registry, "toy-both", perceive={"name": "toy-linear", "wide": 1})
@@ -149,7 +150,7 @@ def test_wrong_assignments_are_refused(assignment: str, text: str) -> None:
 
 def test_yaml_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    with pytest.raises(ConfigError, match="no such file: .*Give the path of a YAML config"):
+    with pytest.raises(ConfigError, match=r"no such file: .*Give the path of a YAML config"):
         load_yaml(path)
     for content, text in {
         b"a: [": "is not valid YAML: .*line 1",

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import two_pass
+from toys import FAMILIES, picture, toy_model
+
 from ipn_core.errors import GenerationOptionError, ImageError, PromptError, UserError
 from ipn_core.model import IPN
 from ipn_core.prompt import Prompt
-from toys import FAMILIES, picture, toy_model
 
 QUESTIONS = ("What is it?", "And where?", "Who?")
 WIDE = picture(1, (48, 24))
@@ -57,6 +58,16 @@ def test_the_logits_of_a_later_turn_equal_a_fresh_start(registry: Any, family: s
     again = fresh(model, [([picture()], "What is it?"), ([], "And where?")], [first])
     expected = two_pass.logits(model, again)[-1]
     assert (raw[0][0] - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_options_that_read_the_prompt_see_the_earlier_turns_too(registry: Any) -> None:
+    model = toy_model(registry)
+    dialogue = model.dialogue([picture()])
+    first = dialogue.ask("What is it?", max_new_tokens=4)
+    options = {"repetition_penalty": 3.0, "max_new_tokens": 6}
+    second = dialogue.ask("And where?", **options)
+    again = fresh(model, [([picture()], "What is it?"), ([], "And where?")], [first])
+    assert second.ids == model.generate([again], **options)[0].ids
 
 
 def test_each_picture_is_encoded_once(registry: Any) -> None:

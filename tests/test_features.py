@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import picture
+
 from ipn_core.errors import ShapeError
 from ipn_core.features import VisualFeatures
 from ipn_core.stages import PerceiveContext
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig
-from toys import picture
 
 GRIDS = [(2, 3), (1, 1), (3, 2)]
 SAMPLES = [0, 0, 2]

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from toys import FAMILIES, prompt_of, toy_model
+
 from ipn_core.errors import ConfigError
 from ipn_core.testing.tiny import tiny_backbone
-from toys import FAMILIES, prompt_of, toy_model
 
 
 def text_logits(model: Any) -> torch.Tensor:
@@ -65,18 +66,20 @@ def test_opt_drops_nothing_while_the_stages_train(registry: Any) -> None:
     assert torch.equal(model.eval()(prompts)[0], model.train()(prompts)[0])
 
 
-def test_gradient_checkpointing_is_refused(registry: Any) -> None:
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("switch", ["gradient", "activation"])
+def test_gradient_checkpointing_is_refused(registry: Any, switch: str) -> None:
     model = toy_model(registry)
-    model.backbone.lm.gradient_checkpointing_enable()
+    getattr(model.backbone.lm, f"{switch}_checkpointing_enable")()
     with pytest.raises(
-        ConfigError, match="gradient checkpointing .*gradient_checkpointing_disable"
+        ConfigError, match=r"gradient checkpointing .*gradient_checkpointing_disable"
     ):
         model.train()([prompt_of(0, 1, answer="ab")])
 
 
 def test_gradient_checkpointing_is_refused_where_a_backbone_is_made() -> None:
     backbone = tiny_backbone()
-    backbone.lm.gradient_checkpointing_enable()
+    backbone.lm.activation_checkpointing_enable()
     with pytest.raises(ConfigError, match="gradient checkpointing"):
         type(backbone)(backbone.lm, backbone.tokenizer)
 

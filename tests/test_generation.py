@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import two_pass
+from toys import picture, prompt_of, toy_model
+from transformers import GenerationConfig, StoppingCriteriaList, set_seed
+
 from ipn_core.errors import GenerationOptionError
 from ipn_core.generation import REFUSED
 from ipn_core.testing.tiny import tiny_backbone
-from toys import picture, prompt_of, toy_model
-from transformers import GenerationConfig, StoppingCriteriaList, set_seed
 
 SAMPLED = {"do_sample": True, "max_new_tokens": 6}
 BEAMS = {"num_beams": 3, "max_new_tokens": 6}
@@ -209,6 +210,15 @@ def test_a_ready_generation_config_may_ask_for_what_knows_the_prompt(registry: A
     by_config = model.ask(picture(), "What?", generation_config=config)
     by_option = model.ask(picture(), "What?", repetition_penalty=3.0, max_new_tokens=6)
     assert by_config.ids == by_option.ids
+
+
+def test_what_the_language_models_own_config_asks_for_knows_the_prompt_too(registry: Any) -> None:
+    model = toy_model(registry)
+    by_option = model.ask(picture(), "What?", repetition_penalty=3.0, max_new_tokens=6)
+    model.backbone.lm.generation_config.repetition_penalty = 3.0
+    assert model.ask(picture(), "What?", max_new_tokens=6).ids == by_option.ids
+    plain = toy_model(registry).ask(picture(), "What?", max_new_tokens=6)
+    assert model.ask(picture(), "What?", max_new_tokens=6, repetition_penalty=1.0).ids == plain.ids
 
 
 class Streamer:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pluggy
 import pytest
+from toys import picture, toy_model
+
 from ipn_core.hooks import PROJECT, DiscoverySpec, StageSpec, hookimpl
 from ipn_core.plugins import Registry, add_plugin
 from ipn_core.testing import plugin
-from toys import picture, toy_model
 
 DOCS = Path(__file__).parent.parent / "docs" / "hooks.md"
 

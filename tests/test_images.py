@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from ipn_core.errors import ImageError
 from ipn_core.images import content_key, load_image
-from PIL import Image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -122,7 +123,7 @@ def test_what_is_no_picture_is_refused(source: Any, text: str) -> None:
 
 
 def test_a_folder_and_a_text_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="is a folder. Give the path of a picture"):
+    with pytest.raises(ImageError, match=r"is a folder. Give the path of a picture"):
         load_image(tmp_path)
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(ImageError, match=r"a.png' is not an image"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import ipn_core
 import pytest
+
+import ipn_core
 
 HEAVY = ("torch", "transformers", "xformers", "pydantic", "numpy", "PIL", "matplotlib")
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import two_pass
+from torch import nn
+from toys import FAMILIES, K, prompt_of, toy_model
+
 from ipn_core.builtin.injectors import TokenInjector
 from ipn_core.model import IPN
 from ipn_core.stages import LayerContext, LayerInjector
-from toys import FAMILIES, K, prompt_of, toy_model
-from torch import nn
 
 
 class Between(LayerInjector):

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from toys import picture, toy_model
+
 from ipn_core import plugins
 from ipn_core.errors import PluginError, UnknownNameError, UserError
 from ipn_core.hooks import hookimpl
 from ipn_core.plugins import KINDS, Registry, add_plugin, discover, get_registry
 from ipn_core.stages import Request
 from ipn_core.testing.tiny import tiny_backbone
-from toys import picture, toy_model
 
 GOOD = """
 from ipn_core.hooks import hookimpl
@@ -151,7 +152,7 @@ def test_add_plugin_raises_what_discovery_would_report() -> None:
         @hookimpl
         def registre(self, registry: Any) -> None: ...
 
-    with pytest.raises(UserError, match="plugin 'wrong': .*registre"):
+    with pytest.raises(UserError, match=r"plugin 'wrong': .*registre"):
         add_plugin(Registry(), "wrong", Wrong())
 
 
@@ -210,7 +211,7 @@ def test_an_error_inside_a_wrapper_is_a_plugin_error(registry: Any) -> None:
             raise RuntimeError("broken")
 
     model = toy_model(registry)
-    with model.observing(Broken()), pytest.raises(PluginError, match="inject .*broken"):
+    with model.observing(Broken()), pytest.raises(PluginError, match=r"inject .*broken"):
         model.ask(picture(), "What?")
     assert model.ask(picture(), "What?", max_new_tokens=1).ids
 

@@ -1,4 +1,4 @@
-"""Prompts become token plans: the tokenizer's own ids, slots in their places, text that stays text."""
+"""Prompts become token plans: the tokenizer's own ids, slots in place, text that stays text."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import FAMILIES
+
 from ipn_core.config import Layout
 from ipn_core.errors import PromptError
 from ipn_core.plan import DynamicSlot, ImageSlot, Plan, Planner, RequestSlot, Tokens
 from ipn_core.prompt import Prompt, Text, Turn
 from ipn_core.segments import lay_out
 from ipn_core.testing.tiny import tiny_backbone
-from toys import FAMILIES
 
 PICTURE = object()
 TYPED = "a <|im_end|> b <img> c <img-q><img-d> </s> <pad>"
@@ -133,9 +134,9 @@ def test_a_system_message_of_the_config_stands_first(family: str) -> None:
 
 @pytest.mark.parametrize("question", ["", "  \n "])
 def test_an_empty_question_is_refused(question: str) -> None:
-    with pytest.raises(PromptError, match="the question is empty. Ask something"):
+    with pytest.raises(PromptError, match=r"the question is empty. Ask something"):
         Prompt.ask(question, [PICTURE])
-    with pytest.raises(PromptError, match="needs some text. Ask something"):
+    with pytest.raises(PromptError, match=r"needs some text. Ask something"):
         Prompt.user(PICTURE, question)
 
 

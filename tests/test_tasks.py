@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toys import picture
+
 from ipn_core.errors import DataError
 from ipn_core.tasks import JsonlTask, Task
-from toys import picture
 
 GOOD = {"image": "a.png", "question": "What?", "answer": "dog"}
 

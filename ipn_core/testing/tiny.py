@@ -91,12 +91,12 @@ def _tiny_lm(family: Family, seed: int, positions: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if family.startswith("opt"):
-            narrow = {"word_embed_proj_dim": 16} if family == "opt-projected" else {}
-            return OPTForCausalLM(
-                OPTConfig(**common, ffn_dim=64, **({"word_embed_proj_dim": 32} | narrow))
-            )
-        groups = {"num_key_value_heads": 2} if family == "llama-gqa" else {}
-        return LlamaForCausalLM(LlamaConfig(**common, intermediate_size=64, **groups))
+            inner = 16 if family == "opt-projected" else 32
+            return OPTForCausalLM(OPTConfig(**common, ffn_dim=64, word_embed_proj_dim=inner))
+        groups = 2 if family == "llama-gqa" else None
+        return LlamaForCausalLM(
+            LlamaConfig(**common, intermediate_size=64, num_key_value_heads=groups)
+        )
 
 
 class TinyEncoderConfig(Config):

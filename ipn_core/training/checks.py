@@ -87,13 +87,13 @@ def check_gradients(model: IPN, trained: dict[str, nn.Parameter]) -> None:
 
 
 def first_bad(trained: dict[str, nn.Parameter], losses: dict[str, Tensor]) -> str | None:
-    """Name the first loss, weight or gradient that is not finite."""
-    for name, loss in losses.items():
-        if not bool(torch.isfinite(loss)):
-            return f"the loss '{name}'"
+    """Name the first weight, loss or gradient that is not finite: causes before their effects."""
     for name, parameter in trained.items():
         if not bool(torch.isfinite(parameter).all()):
             return f"the weight {name}"
+    for name, loss in losses.items():
+        if not bool(torch.isfinite(loss)):
+            return f"the loss '{name}'"
     for name, parameter in trained.items():
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
             return f"the gradient of {name}"

@@ -108,5 +108,3 @@ class TrainConfig(Config):
         if isinstance(values, dict) and not isinstance(values.get("model", {}), dict):
             raise ValueError("'model' must be a mapping")
         return values
-
-

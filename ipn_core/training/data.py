@@ -192,5 +192,3 @@ def _split(total: int, shares: Sequence[float]) -> list[int]:
     for index in range(total - sum(counts)):
         counts[by_rest[index % len(by_rest)]] += 1
     return counts
-
-

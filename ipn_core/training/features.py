@@ -1,7 +1,7 @@
 """A cache on disk for what a frozen vision encoder makes of pictures.
 
-Keyed by the encoder's fingerprint and each picture's pixels, so that a changed file, another encoder
-or another size never meets a stale entry. Two files that only grow: `values.bin`, bfloat16
+Keyed by the encoder's fingerprint and each picture's pixels, so that a changed file, another
+encoder or another size never meets a stale entry. Two files that only grow: `values.bin`, bfloat16
 numbers, and `index.jsonl`, one line a picture, written after its values.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ipn_core.features import VisualFeatures
-from ipn_core.files import lock
+from ipn_core.files import atomic_write, lock
 from ipn_core.images import content_key
 from ipn_core.weights import cache_dir
 
@@ -60,7 +60,6 @@ class FeatureCache:
         self.folder = (folder or cache_dir() / "features") / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self._index: dict[str, _Entry] = {}
-        self._read = 0
         self._values: Tensor | None = None
 
     @property
@@ -175,23 +174,39 @@ class FeatureCache:
         self._values = None
 
     def _refresh(self) -> None:
-        """Read what is there; forget what an interrupted writer left unfinished."""
+        """Read what is there; drop lines that an interrupted writer left without their values."""
         if not self._values_path.exists():
             self._values_path.touch()
         size = self._values_path.stat().st_size // _BYTES
         os.truncate(self._values_path, size * _BYTES)
         if not self._index_path.exists():
             return
-        whole = self._index_path.read_text(encoding="utf-8")
-        complete = whole[: whole.rfind("\n") + 1]
-        if complete != whole:
-            self._index_path.write_text(complete, encoding="utf-8")
-        for line in complete.splitlines():
-            entry = _Entry(**json.loads(line))
+        self._index = {}
+        text = self._index_path.read_text(encoding="utf-8")
+        whole = []
+        for line in text.splitlines(keepends=True):
+            entry = _entry(line)
+            if entry is None:
+                continue
             rows = entry.h * entry.w + entry.global_token
             if entry.offset + rows * self.encoder.width <= size:
                 self._index[entry.key] = entry
+                whole.append(line)
+        # A line kept without its values would later point into other pictures' values.
+        kept = "".join(whole)
+        if kept != text:
+            atomic_write(self._index_path, kept.encode())
         self._values = None
+
+
+def _entry(line: str) -> _Entry | None:
+    """Read a line of the index; None if it is not whole."""
+    if not line.endswith("\n"):
+        return None
+    try:
+        return _Entry(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
 
 
 def _chunks(items: Iterable[tuple[str, Any]], size: int) -> Iterator[list[tuple[str, Any]]]:

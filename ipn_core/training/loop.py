@@ -134,9 +134,10 @@ class StageRun:
         if interaction is None:
             return
         drawn = [pair for at in range(8) for pair in self.sampler.draw(at)]
-        distinct = list({tuple(p.name for p in d.examples[i].images): (d, i) for d, i in drawn}
-                        .values())[:256]
-        batch = make_batch(distinct, self.cache, self.requests)
+        distinct = list(
+            {tuple(p.name for p in d.examples[i].images): (d, i) for d, i in drawn}.values()
+        )[:256]
+        batch = self._to_device(make_batch(distinct, self.cache, self.requests))
         if self.requests is not None:
             hidden = self.requests.all()
         else:
@@ -190,13 +191,18 @@ class StageRun:
                 self.accelerator.backward(total / self.stage.accumulate)
             for name, value in {"loss": total.detach(), **parts}.items():
                 totals[name] = totals.get(name, 0.0) + float(value) / self.stage.accumulate
-        norm = float(self.accelerator.clip_grad_norm_(list(self.trained.values()), self.stage.clip))
-        if not math.isfinite(norm) and self.accelerator.mixed_precision != "fp16":
+        norm = self._norm()
+        # In fp16 the loss scaler skips a step whose gradients overflow.
+        scaled = self.accelerator.scaler is not None
+        if not math.isfinite(totals["loss"]) or not (scaled or math.isfinite(norm)):
             bad = first_bad(self.trained, parts) or "the norm of the gradient"
             raise TrainingError(
                 f"stage '{self.stage.name}', step {self.step + 1}: {bad} is not finite. The last "
                 "saved state is intact; lower 'lr' or use precision fp32, and --resume."
             )
+        nn.utils.clip_grads_with_norm_(
+            self.trained.values(), self.stage.clip, torch.tensor(norm, device=total.device)
+        )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -231,6 +237,12 @@ class StageRun:
         with self.accelerator.autocast():
             total, parts = self.losses(batch)
         return total, parts
+
+    def _norm(self) -> float:
+        """Return the norm of the whole gradient, before anything is clipped by it."""
+        self.accelerator.unscale_gradients(self.optimizer)
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
 
     def _batch(self, part: int) -> Batch:
         processes = self.accelerator.num_processes

@@ -98,7 +98,8 @@ class RequestImage(Objective):
         rows = [i for i, e in enumerate(batch.examples) if e.names]
         seen = {tuple(p.name for p in batch.examples[i].images): i for i in rows}
         if not rows:
-            return request.values.sum() * 0.0
+            text, patches = self.model.interaction.shared_space(request, batch.features)
+            return (text.sum() + patches.sum()) * 0.0
         pictures = list(seen.values())
         asking = replace(request, values=request.values[rows])
         text, patches = self.model.interaction.shared_space(asking, batch.features.select(pictures))
@@ -145,8 +146,9 @@ class AnswerEmbedding(Objective):
         return found
 
     def _logits(self, batch: Batch, request: Request | None) -> Tensor:
-        hook = self.model.pm.hook
-        message: VisualMessage = hook.interact(request=request, features=batch.features)
+        message: VisualMessage = self.model.call(
+            "interact", request=request, features=batch.features
+        )
         directions = F.normalize(message.values.float(), dim=-1)
         logits: Tensor = self.sharpness * directions @ self.answers.directions.T
         return logits
@@ -180,7 +182,8 @@ class Verbalise(Objective):
         wrong = wrong * torch.rand(len(right), 1, device=device) * 0.4
         noise = torch.randn(len(right), K, right.shape[1], device=device)
         noise = noise * torch.rand(len(right), 1, 1, device=device) / right.shape[1] ** 0.5
-        return (right + wrong).unsqueeze(1) + noise
+        message: Tensor = (right + wrong).unsqueeze(1) + noise
+        return message
 
 
 class Language(Objective):
@@ -216,10 +219,9 @@ class _Answers:
     def index(self, batch: Batch) -> Tensor:
         """Return (B,) the index of each example's answer.
 
-        Answers that training never had get none: the index of the first, which counts as wrong
-        wherever it is not the answer.
+        Answers that training never had get -1, which no message can point at.
         """
-        return torch.tensor([self._index.get(e.answers[0], 0) for e in batch.examples])
+        return torch.tensor([self._index.get(e.answers[0], -1) for e in batch.examples])
 
 
 class _Instead:
@@ -282,5 +284,5 @@ def request_of(model: IPN, batch: Batch) -> Request:
         0,
         model.requester.layer,
     )
-    request: Request = model.pm.hook.request(context=context)
+    request: Request = model.call("request", context=context)
     return request

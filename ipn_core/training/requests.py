@@ -126,8 +126,7 @@ class RequestCache:
         for start in range(0, len(examples), _BATCH):
             some = examples[start : start + _BATCH]
             plans = [
-                self.model.planner.plan(Prompt.ask(e.question, e.images, order=order))
-                for e in some
+                self.model.planner.plan(Prompt.ask(e.question, e.images, order=order)) for e in some
             ]
             percept = self.model.perceive(
                 [], [e.question for e in some], features(some).to(self.model.backbone.device)

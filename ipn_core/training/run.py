@@ -104,8 +104,7 @@ class Training:
         self.registry = registry or get_registry()
         self.console = console or Console(stderr=True)
         self.digest = hashlib.sha256(
-            json.dumps(config.model_dump(mode="json", exclude={"save_every", "log_every"}))
-            .encode()
+            json.dumps(config.model_dump(mode="json", exclude={"save_every", "log_every"})).encode()
         ).hexdigest()
         self.position = self._position(resume)
         self._model = model
@@ -133,13 +132,15 @@ class Training:
 
     def run(self) -> Path:
         """Train all stages and write the checkpoint; returns its folder."""
-        from accelerate import Accelerator
         from accelerate.utils import set_seed
 
-        precision = "no" if self.config.precision == "fp32" else self.config.precision
-        accelerator = Accelerator(mixed_precision=precision)
+        accelerator = self._accelerator()
+        if accelerator.scaler is not None and self.position.scaler is not None:
+            accelerator.scaler.load_state_dict(self.position.scaler)
         set_seed(self.config.seed)
         model = self._build().to(accelerator.device)
+        if (self.position.stage, self.position.step) > (0, 0):
+            load_state(self.folder, model, None, {})
         frozen = FrozenBackbone(model)
         data, validation = self._data(accelerator, model)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -169,6 +170,18 @@ class Training:
         return target
 
     # -- parts -----------------------------------------------------------------------------------
+
+    def _accelerator(self) -> Accelerator:
+        from accelerate import Accelerator
+
+        precision = self.config.precision
+        try:
+            return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+        except ValueError as error:
+            # fp16 without a GPU, or a process that has trained in another precision.
+            raise ConfigError(
+                f"precision {precision} cannot be used in this process: {error}"
+            ) from None
 
     def _build(self) -> IPN:
         from ipn_core.model import IPN
@@ -216,8 +229,6 @@ class Training:
         if resumed:
             load_state(self.folder, run.model, run.optimizer, run.names)
             run.step = self.position.step
-        elif index == self.position.stage and index > 0:
-            load_state(self.folder, run.model, None, {})
         elif index == 0 and self.config.start_from is None:
             run.fit()
         if not resumed:
@@ -248,10 +259,12 @@ class Training:
             self.metrics.write(**here, **entry)
         if run.done or (stage.validate_every and run.step % stage.validate_every == 0):
             self._validate(run, validation, here)
+        scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
         if run.done:
-            save_state(self.folder, Position(index + 1, 0, self.digest), run.model, None, {})
+            at = Position(index + 1, 0, self.digest, scaler)
+            save_state(self.folder, at, run.model, None, {})
         elif run.step % self.config.save_every == 0:
-            at = Position(index, run.step, self.digest, _scaler(accelerator))
+            at = Position(index, run.step, self.digest, scaler)
             save_state(self.folder, at, run.model, run.optimizer, run.names)
 
     def _validate(self, run: StageRun, validation: list[Data], here: dict[str, Any]) -> None:
@@ -269,10 +282,6 @@ class Training:
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
-def _scaler(accelerator: Accelerator) -> dict[str, Any] | None:
-    return accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-
-
 class _Moving:
     """Moves one task of a progress bar."""
 
@@ -282,5 +291,3 @@ class _Moving:
 
     def __call__(self, done: int, total: int | None = None) -> None:
         self.progress.update(self.task, completed=done, total=total)
-
-

@@ -7,7 +7,7 @@ and the two numbers are all there is to keep.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +67,7 @@ def save_state(
             for key in _MOMENTS:
                 value = moments[key].detach().cpu().clone()
                 tensors[f"optimizer.{names[parameter]}.{key}"] = value
-    meta = {"stage": position.stage, "step": position.step, "config": position.config}
-    meta["scaler"] = position.scaler  # type: ignore[assignment]
-    atomic_write(folder / FILE, save(tensors, metadata={"position": json.dumps(meta)}))
+    atomic_write(folder / FILE, save(tensors, metadata={"position": json.dumps(asdict(position))}))
 
 
 def peek(folder: Path) -> Position | None:

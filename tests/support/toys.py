@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import ipn_core.testing.plugin
 import torch
+from PIL import Image
+from torch import nn
+
+import ipn_core.testing.plugin
 from ipn_core.hooks import hookimpl
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry, add_plugin, discover
 from ipn_core.prompt import Prompt
 from ipn_core.stages import Connector
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
-from PIL import Image
-from torch import nn
 
 FAMILIES = ("llama", "llama-gqa", "vicuna", "opt", "opt-projected")
 K = 3

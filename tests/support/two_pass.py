@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from ipn_core.model import IPN
 from ipn_core.plan import DynamicSlot, ImageSlot, Tokens
 from ipn_core.prompt import Prompt
 from ipn_core.stages import InjectContext, Request, RequestContext
-from torch import Tensor
 
 
 @dataclass

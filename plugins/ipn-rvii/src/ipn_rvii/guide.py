@@ -151,7 +151,7 @@ class _Counts:
     def code(cls, totals: Tensor) -> Tensor:
         """Code (B, n) totals of patches as (B, n × codes): bumps along the line, log, and size."""
         line = torch.arange(cls.centres, device=totals.device) * 2.0
-        bumps = (-((totals.unsqueeze(-1) - line) / 2) ** 2).exp()
+        bumps = (-(((totals.unsqueeze(-1) - line) / 2) ** 2)).exp()
         size = torch.stack([totals.clamp(min=0).log1p(), totals / 16], dim=-1)
         return torch.cat([bumps, size], dim=-1).flatten(1)
 

@@ -240,12 +240,19 @@ def _mlp(width: int, ratio: float) -> nn.Sequential:
 
 
 def _whiten(linear: nn.Linear, sample: Tensor) -> None:
-    """Start a projection at the principal directions of a sample, each of variance 1."""
+    """Start a projection at the principal directions of a sample, each of variance 1.
+
+    Directions in which the sample does not vary are left out: their scale would be noise. A sample
+    that varies in none leaves the projection as it is.
+    """
     sample = sample.float()
     mean = sample.mean(0)
-    count = min(linear.out_features, *sample.shape)
     _, scales, directions = torch.linalg.svd(sample - mean, full_matrices=False)
-    deviations = (scales[:count] / max(len(sample) - 1, 1) ** 0.5).clamp(min=1e-4)
+    varies = scales > 1e-5 * torch.linalg.vector_norm(sample)
+    count = min(linear.out_features, int(varies.sum()))
+    if not count:
+        return
+    deviations = scales[:count] / (len(sample) - 1) ** 0.5
     weight = directions[:count] / deviations[:, None]
     linear.weight.zero_()
     linear.bias.zero_()

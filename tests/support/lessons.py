@@ -1,0 +1,186 @@
+"""A task small enough to learn in seconds, and trainings on it; run as a script, one of them.
+
+Pictures are two colours side by side. Asked are the colour of a side and the side of a colour.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import save_file
+
+import ipn_core.testing.plugin
+from ipn_core.hooks import hookimpl
+from ipn_core.model import IPN
+from ipn_core.plugins import Registry, add_plugin, discover
+from ipn_core.tasks import Example, Picture, Task
+from ipn_core.testing.tiny import tiny_backbone
+from ipn_core.training.config import TrainConfig
+from ipn_core.training.loop import StageRun
+from ipn_core.training.run import Training
+
+COLOURS = {"red": (220, 20, 30), "tan": (210, 180, 140), "sky": (90, 170, 250), "ink": (20, 20, 60)}
+ALIGNED = ["interact.request_in", "interact.request_mlp", "interact.guide.patch_in"]
+ALIGNED += ["interact.guide.patch_out", "interact.guide.named"]
+
+
+class Colours(Task):
+    """Twelve pictures, four questions each; the last three pictures are `val` and `test`."""
+
+    splits = ("train", "val", "test")
+
+    def __init__(self, named: bool = True) -> None:
+        self.named = named
+
+    def examples(self, split: str) -> list[Example]:
+        self.check_split(split)
+        pairs = list(itertools.permutations(COLOURS, 2))
+        mine = pairs[:9] if split == "train" else pairs[9:]
+        return [example for pair in mine for example in self._about(pair)]
+
+    def _about(self, pair: tuple[str, str]) -> list[Example]:
+        picture = Picture("-".join(pair), functools.partial(two_colours, pair))
+        sides = dict(zip(("left", "right"), pair, strict=True))
+        rows = [(f"Colour {side}?", colour, "colour", ()) for side, colour in sides.items()]
+        rows += [(f"Where is {colour}?", side, "side", (colour,)) for side, colour in sides.items()]
+        return [
+            Example(q, (a,), (picture,), kind, names if self.named else (), pair)
+            for q, a, kind, names in rows
+        ]
+
+
+def two_colours(pair: tuple[str, str]) -> Image.Image:
+    image = Image.new("RGB", (32, 16), COLOURS[pair[0]])
+    image.paste(COLOURS[pair[1]], (16, 0, 32, 16))
+    return image
+
+
+class LessonPlugin:
+    @hookimpl
+    def register(self, registry: Any) -> None:
+        registry.task("colours", Colours)
+
+
+def lesson_registry() -> Registry:
+    """Everything installed, the tiny components, and the task `colours`."""
+    registry = discover()
+    add_plugin(registry, "tiny", ipn_core.testing.plugin)
+    add_plugin(registry, "lessons", LessonPlugin())
+    return registry
+
+
+def save_llm(folder: Path) -> Path:
+    """Save a tiny language model."""
+    backbone = tiny_backbone("llama", positions=128)
+    backbone.lm.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def stage(name: str, objectives: dict[str, float] | str, **more: Any) -> dict[str, Any]:
+    """A stage that trains interaction and injection in a few small steps."""
+    if isinstance(objectives, str):
+        objectives = {objectives: 1.0}
+    base = {"train": ["interact", "inject", "slots.dynamic"], "steps": 4, "groups": 4, "lr": 1e-3}
+    return {"name": name, "objectives": objectives, **base, "warmup": 0, **more}
+
+
+def four_stages(steps: int = 4) -> list[dict[str, Any]]:
+    """One stage for each objective."""
+    joint = {"answer-embedding": 1.0, "request-image": 0.3}
+    told = {"train": ["inject", "slots.dynamic"], "group_by": "question", "lr": 1e-2}
+    return [
+        stage("align", "request-image", train=ALIGNED, steps=steps),
+        stage("answer", joint, train=["interact"], steps=steps),
+        stage("verbalise", "verbalise", steps=steps, **told),
+        stage("instruct", "language", steps=steps),
+    ]
+
+
+def lesson(llm: Path, *stages: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The config of a training, as a YAML file would hold it."""
+    guide = {"width": 8, "tallies": 2, "frequencies": 2}
+    rvii = {"width": 16, "depth": 1, "heads": 2, "frequencies": 2, "dropout": 0.1, "noise": 0.1}
+    model = {
+        "strategy": "rvii",
+        "backbone": {"name": "llama", "weights": str(llm)},
+        "encoder": {"name": "tiny", "grid": 2},
+        "interact": {"name": "rvii", **rvii, "guide": guide},
+        "layout": {"dynamic": 2},
+    }
+    return {
+        "model": model,
+        "data": [{"task": "colours"}],
+        "stages": list(stages or four_stages()),
+        "log_every": 1,
+        "save_every": 2,
+        **more,
+    }
+
+
+def training(values: dict[str, Any], folder: Path, **more: Any) -> Training:
+    """A training that says nothing."""
+    config = TrainConfig.parse(values, "lesson")
+    more.setdefault("registry", lesson_registry())
+    return Training(config, folder, console=Console(file=io.StringIO()), **more)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """What was logged, without what depends on the machine's speed."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    timed = ("seconds", "examples_per_s")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, calls: int, act: Callable[[StageRun], None]) -> None:
+    """Do something before the given optimizer step, counted over all stages."""
+    advance, done = StageRun.advance, [0]
+
+    def counted(self: StageRun) -> dict[str, float]:
+        done[0] += 1
+        if done[0] == calls:
+            act(self)
+        return advance(self)
+
+    monkeypatch.setattr(StageRun, "advance", counted)
+
+
+def main(config: str, folder: str, rank: str | None = None) -> None:
+    """Train in this process, going on from what is there.
+
+    Args:
+        config: a JSON file.
+        folder: of the training.
+        rank: where each process of several shall write its own weights in the end; they start
+            from different ones.
+    """
+    torch.set_num_threads(1)
+    values = json.loads(Path(config).read_text())
+    if rank is None:
+        training(values, Path(folder), resume=True).run()
+        return
+    number = int(os.environ["RANK"])
+    torch.manual_seed(number)
+    model = IPN.from_config(values["model"], registry=lesson_registry())
+    training(values, Path(folder), model=model).run()
+    save_file(model.trained_state(), f"{rank}{number}.safetensors")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
