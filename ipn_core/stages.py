@@ -392,7 +392,7 @@ class Interaction(Stage):
         Returns:
             Unit vectors (B, w) and, for the packed patches, (N, w).
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no shared space")
 
     def fit(self, requests: Tensor, patches: Tensor) -> None:
         """Prepare new weights for the data, before the first step of a training.

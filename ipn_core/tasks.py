@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipn_core.errors import DataError, near
+from ipn_core.errors import ConfigError, DataError, UnknownNameError, near
 from ipn_core.images import load_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Example", "JsonlTask", "Picture", "Task"]
+    from ipn_core.plugins import Registry
+
+__all__ = ["Example", "JsonlTask", "Picture", "Task", "open_task"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,3 +150,39 @@ class JsonlTask(Task):
         if not path.is_file():
             raise fail(f"no such image: '{path}'")
         return Picture(str(path), lambda: load_image(path))
+
+
+def open_task(
+    name: str, options: Mapping[str, Any] | None = None, registry: Registry | None = None
+) -> Task:
+    """Return a registered task, or one that reads a JSONL file.
+
+    Args:
+        name: a name that `ipn plugins` lists, or a path; a name wins.
+        options: of the task's class; a file takes none.
+        registry: where names are looked up, by default everything installed.
+
+    Raises:
+        UnknownNameError: it is neither.
+        ConfigError: the task takes no such option.
+    """
+    from ipn_core.plugins import get_registry
+
+    known = (registry or get_registry()).entries("task")
+    if name in known:
+        target = known[name].load()
+        if isinstance(target, Task):
+            return target
+        try:
+            opened: Task = target(**(options or {}))
+        except TypeError as error:
+            raise ConfigError(f"task '{name}' takes no such options: {error}.") from None
+        return opened
+    if name.endswith(".jsonl") or Path(name).is_file():
+        if options:
+            raise ConfigError(f"'{name}' is a file and takes no options, got {dict(options)}.")
+        return JsonlTask(name)
+    raise UnknownNameError(
+        f"unknown task '{name}': installed are {', '.join(sorted(known)) or 'none'}"
+        f"{near(name, known)}. Name one of them or a FILE.jsonl. See 'ipn plugins'."
+    )

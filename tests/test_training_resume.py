@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def going(llm: Path) -> dict[str, Any]:
     return lesson(llm, *STAGES, validate_on=[{"task": "colours", "split": "val", "limit": 4}])
 
 
-@pytest.mark.parametrize("step", [1, 2, 4, 6, 8, 15, 20])
+@pytest.mark.parametrize("step", [1, 2, 4, 6, 8, 20])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     llm: Path, tmp_path: Path, unbroken: Path, step: int
 ) -> None:
@@ -125,13 +126,13 @@ def test_two_processes_hold_the_same_weights(llm: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     short = [{**s, "steps": 2} for s in four_stages()]
     config.write_text(json.dumps(lesson(llm, *short)))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*launch, str(SCRIPT), str(config), str(tmp_path / "run"), str(tmp_path / "rank")],
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))

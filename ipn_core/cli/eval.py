@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +10,6 @@ from ipn_core.cli.options import DEFAULT_MODEL, Debug, Interact, Json, Model, Un
 
 if TYPE_CHECKING:
     from ipn_core.evaluation.evaluate import Report
-    from ipn_core.tasks import Task
 
 __all__ = ["evaluate"]
 
@@ -39,9 +37,10 @@ def evaluate(
     """Score a model; matching ignores case and surrounding punctuation."""
     from ipn_core.cli.loading import load_model
     from ipn_core.cli.terminal import Bar, print_json, quiet
+    from ipn_core.tasks import open_task
 
     with quiet():
-        source = find_task(task)
+        source = open_task(task)
         chosen = split if split is not None else source.default_split
         source.check_split(chosen)
         pool = source.examples(chosen)
@@ -64,30 +63,6 @@ def evaluate(
         print_json(report.to_json())
     else:
         _print_table(report, loaded.name, loaded.strategy)
-
-
-def find_task(name: str) -> Task:
-    """Return a registered task, or one that reads a JSONL file.
-
-    Raises:
-        UnknownNameError: it is neither.
-        DataError: the file is missing.
-    """
-    from ipn_core.errors import UnknownNameError, near
-    from ipn_core.plugins import get_registry
-    from ipn_core.tasks import JsonlTask, Task
-
-    known = get_registry().entries("task")
-    if name in known:
-        target = known[name].load()
-        found: Task = target if isinstance(target, Task) else target()
-        return found
-    if name.endswith(".jsonl") or os.path.isfile(name):
-        return JsonlTask(name)
-    raise UnknownNameError(
-        f"unknown task '{name}': installed are {', '.join(sorted(known)) or 'none'}"
-        f"{near(name, known)}. Name one of them or a FILE.jsonl. See 'ipn plugins'."
-    )
 
 
 def _print_table(report: Report, model: str, interact: str) -> None:

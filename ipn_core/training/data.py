@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from ipn_core.errors import ConfigError, DataError
 from ipn_core.features import VisualFeatures
 from ipn_core.prompt import Prompt
-from ipn_core.tasks import Example, JsonlTask, Picture, Task
+from ipn_core.tasks import Example, Picture, open_task
 from ipn_core.training.config import DataConfig, StageConfig
 from ipn_core.training.features import FeatureCache
 
@@ -23,26 +22,7 @@ if TYPE_CHECKING:
     from ipn_core.plugins import Registry
     from ipn_core.training.requests import RequestCache
 
-__all__ = ["Batch", "Data", "Sampler", "open_task"]
-
-
-def open_task(name: str, registry: Registry, options: dict[str, Any] | None = None) -> Task:
-    """Return a task by name, or the task of a JSONL file.
-
-    Raises:
-        UnknownNameError: it is neither.
-        ConfigError: the task takes no such option.
-    """
-    if name.endswith(".jsonl") or Path(name).is_file():
-        if options:
-            raise ConfigError(f"'{name}' is a file and takes no options.")
-        return JsonlTask(name)
-    task = registry.get("task", name).load()
-    try:
-        opened: Task = task(**(options or {}))
-    except TypeError as error:
-        raise ConfigError(f"task '{name}': {error}.") from None
-    return opened
+__all__ = ["Batch", "Data", "Sampler"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +52,7 @@ class Data:
     """The examples of one config entry, with the features of their pictures."""
 
     def __init__(self, config: DataConfig, registry: Registry, training: bool) -> None:
-        task = open_task(config.task, registry, config.options)
+        task = open_task(config.task, config.options, registry)
         split = config.split
         if split is None:
             split = "train" if "train" in task.splits else task.default_split

@@ -118,18 +118,22 @@ class RequestImage(Objective):
         return F.binary_cross_entropy_with_logits(scores, targets, weight)
 
 
-class AnswerEmbedding(Objective):
-    """Cross-entropy over all answers: each message token points at its answer's input embedding."""
-
-    name = "answer-embedding"
-    sharpness = 20.0
-    """What cosines are multiplied with; a temperature of 1/20."""
+class _TowardsAnswers(Objective):
+    """Base of the objectives in which a message stands for an answer's input embedding."""
 
     def __init__(self, model: IPN, data: Sequence[Data]) -> None:
         super().__init__(model, data)
         _asks(self)
         _message_is_embedding(self)
         self.answers = _Answers(model, data)
+
+
+class AnswerEmbedding(_TowardsAnswers):
+    """Cross-entropy over all answers: each message token points at its answer's input embedding."""
+
+    name = "answer-embedding"
+    sharpness = 20.0
+    """What cosines are multiplied with; a temperature of 1/20."""
 
     def loss(self, batch: Batch, request: Request | None) -> Tensor:
         """Compare every token of the message with every answer."""
@@ -154,7 +158,7 @@ class AnswerEmbedding(Objective):
         return logits
 
 
-class Verbalise(Objective):
+class Verbalise(_TowardsAnswers):
     """The LLM's loss on answers whose embeddings are handed to it in place of the message.
 
     Noise, and a little of another answer, stand for the faults of a real message.
@@ -162,12 +166,6 @@ class Verbalise(Objective):
 
     name = "verbalise"
     through_llm = True
-
-    def __init__(self, model: IPN, data: Sequence[Data]) -> None:
-        super().__init__(model, data)
-        _asks(self)
-        _message_is_embedding(self)
-        self.answers = _Answers(model, data)
 
     def loss(self, batch: Batch, request: Request | None) -> Tensor:
         """Put the answers' embeddings where the interaction's message would stand."""

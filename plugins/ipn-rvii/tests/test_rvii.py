@@ -1,0 +1,242 @@
+"""The interaction `rvii`: what it sees, what it must not see, and its optional guide."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ipn_rvii.rvii import RVII, RVIIConfig
+from PIL import Image
+from torch import Tensor
+
+from ipn_core.errors import ConfigError
+from ipn_core.features import VisualFeatures
+from ipn_core.model import IPN
+from ipn_core.stages import Dims, Request
+from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
+
+DIMS = Dims(Dv=12, D_in=20, D_hidden=(14, 14), D_out=14, K=3, D_request=14)
+GUIDE = {"width": 8, "tallies": 2, "frequencies": 3}
+GRIDS = ((2, 3), (4, 4), (1, 5), (3, 2))
+
+both = pytest.mark.parametrize("guide", [None, GUIDE, {**GUIDE, "tallies": 0}])
+
+
+def build(guide: dict[str, Any] | None = None, **more: Any) -> RVII:
+    """A small one whose every number is random."""
+    torch.manual_seed(0)
+    options = {"width": 16, "depth": 2, "heads": 4, "frequencies": 3, "guide": guide, **more}
+    model = RVII(RVIIConfig.parse(options, "interact"), DIMS).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def patches(seed: int, grid: tuple[int, int]) -> Tensor:
+    count = grid[0] * grid[1]
+    return torch.randn(count, DIMS.Dv, generator=torch.Generator().manual_seed(seed))
+
+
+def features(*samples: tuple[int, ...]) -> VisualFeatures:
+    """Pictures of a batch: for each sample, the numbers of its pictures."""
+    flat = [(row, picture) for row, pictures in enumerate(samples) for picture in pictures]
+    return VisualFeatures.pack(
+        [patches(p, GRIDS[p]) for _, p in flat] or [torch.zeros(0, DIMS.Dv)],
+        [GRIDS[p] for _, p in flat],
+        [row for row, _ in flat],
+        len(samples),
+    )
+
+
+def request(batch: int, R: int = 1, return_map: bool = True) -> Request:
+    generator = torch.Generator().manual_seed(batch)
+    return Request(torch.randn(batch, R, 14, generator=generator), return_map=return_map)
+
+
+@both
+@pytest.mark.parametrize("R", [1, 3])
+def test_shapes(guide: dict[str, Any] | None, R: int) -> None:
+    seen = features((0,), (1, 2), (3, 0, 1))
+    message = build(guide)(request(3, R), seen)
+    assert message.values.shape == (3, DIMS.K, DIMS.D_in)
+    assert message.attention.shape == (3, DIMS.K, max(seen.lengths))
+    assert build(guide)(request(3, R, return_map=False), seen).attention is None
+    assert build(guide, message=7)(request(3, R), seen).values.shape == (3, DIMS.K, 7)
+
+
+@both
+def test_padding_never_changes_the_result(guide: dict[str, Any] | None) -> None:
+    model, rows = build(guide), [(0,), (1, 2), (3, 0, 1), (2,)]
+    asked, seen = request(4), features(*rows)
+    together = model(asked, seen)
+    for row, pictures in enumerate(rows):
+        alone = model(replace(asked, values=asked.values[row : row + 1]), features(pictures))
+        torch.testing.assert_close(together.values[row], alone.values[0], rtol=1e-4, atol=1e-5)
+        width = seen.lengths[row]
+        torch.testing.assert_close(
+            together.attention[row, :, :width], alone.attention[0], rtol=1e-4, atol=1e-6
+        )
+        assert not together.attention[row, :, width:].any()
+
+
+@both
+def test_the_map_follows_the_order_of_the_patches(guide: dict[str, Any] | None) -> None:
+    """Rows sum to 1, and a map's column is the patch in that column of `padded()`."""
+    model, seen = build(guide, depth=1), features((1, 2), (3,))
+    message = model(request(2), seen)
+    torch.testing.assert_close(message.attention.sum(-1), torch.ones(2, DIMS.K))
+    # Only where the map is large does moving a patch's value matter.
+    sums = []
+    block = model.blocks[0].cross_attention
+    keys, values = block.keys_values(model._patches(seen), seen)
+    block.register_forward_hook(lambda m, args, out: sums.append(out[0]))
+    per_head = block.heads
+    model(request(2), seen)
+    assert keys.shape == values.shape == (2, max(seen.lengths), per_head, 16 // per_head)
+    marked = patches(1, GRIDS[1])
+    marked[5] += 50
+    loud = features((1, 2), (3,))
+    loud.values[: len(marked)] = marked
+    moved = (model(request(2), loud).values - message.values).abs()
+    assert moved[0].max() > 1e-3
+    assert moved[1].max() == 0
+
+
+@both
+def test_questions_that_share_a_picture_see_what_copies_show(guide: dict[str, Any] | None) -> None:
+    model, asked = build(guide), request(5)
+    once = features((0,), (1, 2))
+    shared = once.select([0, 1, 0, 1, 0])
+    copies = features((0,), (1, 2), (0,), (1, 2), (0,))
+    assert shared.values.shape[0] < copies.values.shape[0]
+    one, other = model(asked, shared), model(asked, copies)
+    torch.testing.assert_close(one.values, other.values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.attention, other.attention, rtol=1e-4, atol=1e-6)
+    mapped: list[int] = []
+    model.patch_in.register_forward_hook(lambda m, args, out: mapped.append(len(out)))
+    model(asked, shared)
+    assert mapped == [once.values.shape[0]]
+
+
+@both
+def test_pictures_of_a_prompt_are_told_apart(guide: dict[str, Any] | None) -> None:
+    model, asked = build(guide), request(1)
+    one, other = model(asked, features((0, 3))), model(asked, features((3, 0)))
+    assert (one.values - other.values).abs().max() > 1e-4
+    few = build(guide, max_images=1)  # then all pictures share one code
+    assert few(asked, features((0, 3, 1))).values.isfinite().all()
+
+
+@both
+def test_the_request_decides(guide: dict[str, Any] | None) -> None:
+    model, seen = build(guide), features((1,), (1,))
+    message = model(request(2), seen)
+    assert (message.values[0] - message.values[1]).abs().max() > 1e-3
+    assert (message.attention[0] - message.attention[1]).abs().max() > 1e-5
+
+
+@both
+def test_gradients_reach_every_weight_request_and_patch(guide: dict[str, Any] | None) -> None:
+    model, seen = build(guide), features((0,), (1, 2))
+    asked = request(2)
+    asked.values.requires_grad_(True)
+    seen.values.requires_grad_(True)
+    model(asked, seen).values.square().sum().backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # A constant added to all keys of a softmax changes nothing.
+    assert [n for n in missing if "kv.bias" not in n] == []
+    assert all(bool(g.any()) for g in (asked.values.grad, seen.values.grad))
+    assert asked.values.grad.isfinite().all()
+
+
+def test_eager_and_sdpa_agree() -> None:
+    asked, seen = request(3, return_map=False), features((0,), (1, 2), (3,))
+    for guide in (None, GUIDE):
+        one, other = (build(guide, backend=b)(asked, seen).values for b in ("eager", "sdpa"))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@both
+def test_asking_for_the_map_changes_no_message(guide: dict[str, Any] | None) -> None:
+    model, seen = build(guide), features((0,), (1, 2))
+    with_map = model(request(2), seen).values
+    without = model(request(2, return_map=False), seen).values
+    torch.testing.assert_close(with_map, without, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_and_dropout_only_while_training() -> None:
+    model, seen = build(GUIDE, noise=0.5, dropout=0.2), features((0,))
+    assert torch.equal(model(request(1), seen).values, model(request(1), seen).values)
+    model.train()
+    assert not torch.equal(model(request(1), seen).values, model(request(1), seen).values)
+
+
+@pytest.mark.parametrize(("n", "m"), [(400, 500), (6, 9)])
+def test_fit_whitens_what_comes_in(n: int, m: int) -> None:
+    model = build(GUIDE)
+    mix = torch.randn(14, 14) * 3
+    requests, seen = torch.randn(n, 14) @ mix + 5, torch.randn(m, DIMS.Dv) * 20 - 3
+    model.fit(requests, seen)
+    layers = (model.request_in, model.patch_in, model.guide.patch_in)
+    for layer, sample in zip(layers, (requests, seen, seen), strict=True):
+        out = layer(sample)
+        rank = min(layer.out_features, len(sample) - 1, sample.shape[1])
+        torch.testing.assert_close(out.mean(0), torch.zeros(layer.out_features), rtol=0, atol=1e-3)
+        spread = torch.zeros(layer.out_features, layer.out_features)
+        spread[range(rank), range(rank)] = 1
+        torch.testing.assert_close(out.T.cov(), spread, rtol=0, atol=1e-2)
+        assert layer.weight.abs().max() < 1e3
+
+
+def test_fit_leaves_a_projection_alone_where_nothing_varies() -> None:
+    model = build()
+    before = model.request_in.weight.clone()
+    model.fit(torch.full((5, 14), 2.5), torch.randn(40, DIMS.Dv))
+    assert torch.equal(model.request_in.weight, before)
+    model.fit(torch.randn(1, 14), torch.randn(40, DIMS.Dv))
+    assert torch.equal(model.request_in.weight, before)
+
+
+def test_the_shared_space_needs_a_guide() -> None:
+    assert build().objectives == {"answer-embedding"}
+    model = build(GUIDE)
+    assert model.objectives == {"answer-embedding", "request-image"}
+    text, image = model.shared_space(request(2), features((0,), (1,)))
+    assert text.shape == (2, 8)
+    assert image.shape == (6 + 16, 8)
+    for unit in (text, image):
+        torch.testing.assert_close(unit.norm(dim=-1), torch.ones(len(unit)))
+
+
+def test_configs_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match="must be a multiple of 'interact.heads', got 16 and 3"):
+        build(heads=3)
+    with pytest.raises(ConfigError, match="unknown key 'interact.widht'.*did you mean 'width'"):
+        build(widht=3)
+    with pytest.raises(ConfigError, match=r"interact\.guide\.talies"):
+        build({"talies": 3})
+
+
+@both
+def test_saved_and_loaded_it_answers_the_same(guide: dict[str, Any] | None, tmp_path: Path) -> None:
+    backbone, encoder = tiny_backbone("llama"), TinyEncoder(TinyEncoderConfig())
+    config = {
+        "strategy": "rvii",
+        "backbone": "tiny",
+        "encoder": "tiny",
+        "interact": {"width": 16, "depth": 1, "heads": 2, "guide": guide},
+    }
+    model = IPN.from_config(config, backbone=backbone, encoder=encoder)
+    assert model.config.layout.dynamic == 5
+    model.save_pretrained(tmp_path)
+    again = IPN.from_pretrained(tmp_path, backbone=backbone, encoder=encoder)
+    assert again.interaction.config == model.interaction.config
+    picture = Image.new("RGB", (48, 24), (200, 40, 10))
+    one, other = (m.ask(picture, "What is it?", max_new_tokens=4) for m in (model, again))
+    assert one.ids == other.ids
+    assert torch.equal(torch.as_tensor(one.attention), torch.as_tensor(other.attention))
+    assert one.attention.shape == (5, 18)
