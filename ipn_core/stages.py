@@ -320,8 +320,9 @@ class Connector(Perceiver):
     def forward(self, context: PerceiveContext) -> Percept:
         """Encode, then connect."""
         percept: Percept = self.encoder(context)
-        dtype = next(self.parameters()).dtype
-        features = percept.features.to(dtype=dtype)
+        encoder = {id(p) for p in self.encoder.parameters()}
+        own = next((p.dtype for p in self.parameters() if id(p) not in encoder), None)
+        features = percept.features.to(dtype=own)
         return Percept(features, self.connect(features, context))
 
 

@@ -18,10 +18,10 @@ from ipn_core.errors import ConfigError, DataError, UnknownNameError
 from ipn_core.images import content_key
 from ipn_core.plugins import Registry
 from ipn_core.prompt import Prompt
-from ipn_core.tasks import Example, Picture
+from ipn_core.tasks import Example, Picture, open_task
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig
 from ipn_core.training.config import DataConfig, StageConfig
-from ipn_core.training.data import Data, Sampler, open_task
+from ipn_core.training.data import Data, Sampler
 from ipn_core.training.features import FeatureCache
 from ipn_core.training.requests import RequestCache, backbone_digest, requests_are_constant
 
@@ -108,7 +108,7 @@ def test_data_is_refused_where_it_cannot_serve(lessons: Registry) -> None:
     with pytest.raises(ConfigError, match=r"task 'colours'.*'shades'"):
         opened(lessons, options={"shades": 2})
     with pytest.raises(ConfigError, match="takes no options"):
-        open_task("some.jsonl", lessons, {"a": 1})
+        open_task("some.jsonl", {"a": 1}, lessons)
 
 
 def test_a_limit_keeps_the_first_examples(lessons: Registry) -> None:

@@ -84,26 +84,26 @@ def test_padding_never_changes_the_result(guide: dict[str, Any] | None) -> None:
 
 
 @both
-def test_the_map_follows_the_order_of_the_patches(guide: dict[str, Any] | None) -> None:
-    """Rows sum to 1, and a map's column is the patch in that column of `padded()`."""
-    model, seen = build(guide, depth=1), features((1, 2), (3,))
-    message = model(request(2), seen)
-    torch.testing.assert_close(message.attention.sum(-1), torch.ones(2, DIMS.K))
-    # Only where the map is large does moving a patch's value matter.
-    sums = []
-    block = model.blocks[0].cross_attention
-    keys, values = block.keys_values(model._patches(seen), seen)
-    block.register_forward_hook(lambda m, args, out: sums.append(out[0]))
-    per_head = block.heads
-    model(request(2), seen)
-    assert keys.shape == values.shape == (2, max(seen.lengths), per_head, 16 // per_head)
-    marked = patches(1, GRIDS[1])
-    marked[5] += 50
-    loud = features((1, 2), (3,))
-    loud.values[: len(marked)] = marked
-    moved = (model(request(2), loud).values - message.values).abs()
-    assert moved[0].max() > 1e-3
-    assert moved[1].max() == 0
+def test_the_map_is_the_last_look_in_the_order_of_the_patches(guide: dict[str, Any] | None) -> None:
+    model, seen = build(guide), features((1, 2), (3,))
+    last = model.blocks[-1].cross_attention
+    calls: list[Any] = []
+    last.register_forward_pre_hook(lambda m, args: calls.append(args))
+    attention = model(request(2), seen).attention
+    torch.testing.assert_close(attention.sum(-1), torch.ones(2, DIMS.K))
+    tokens, keys, _, mask, log_maps, _ = calls[0]
+    order = seen.padded()[1]
+    assert torch.equal(mask, order)
+    queries = last.q(tokens).unflatten(-1, (last.heads, -1))
+    scores = torch.einsum("bmhk,bphk->bhmp", queries, keys) / keys.shape[-1] ** 0.5
+    if guide:
+        scores = scores + torch.einsum("hg,bgp->bhp", last.follow, log_maps).unsqueeze(2)
+    by_hand = scores.masked_fill(~order[:, None, None], float("-inf")).softmax(-1).mean(1)
+    torch.testing.assert_close(attention, by_hand[:, : DIMS.K], rtol=1e-4, atol=1e-6)
+    # The keys of a row's first picture come first.
+    alone = features((1,))
+    first, _ = last.keys_values(model._patches(alone), alone)
+    torch.testing.assert_close(keys[0, : first.shape[1]], first[0])
 
 
 @both
@@ -213,9 +213,9 @@ def test_the_shared_space_needs_a_guide() -> None:
 
 
 def test_configs_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ConfigError, match="must be a multiple of 'interact.heads', got 16 and 3"):
+    with pytest.raises(ConfigError, match=r"must be a multiple of 'interact.heads', got 16 and 3"):
         build(heads=3)
-    with pytest.raises(ConfigError, match="unknown key 'interact.widht'.*did you mean 'width'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'interact.widht'.*did you mean 'width'"):
         build(widht=3)
     with pytest.raises(ConfigError, match=r"interact\.guide\.talies"):
         build({"talies": 3})

@@ -1,0 +1,60 @@
+"""The encoder `efficientnet-lite0`: features of the size it says, the same for the same pixels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ipn_starter.emoji_scenes import Scene, draw
+from ipn_starter.encoder import EfficientNetLite0, EfficientNetLite0Config
+
+from ipn_core.errors import ConfigError
+from ipn_core.stages import PerceiveContext
+
+
+@pytest.fixture(scope="module")
+def encoder() -> EfficientNetLite0:
+    return EfficientNetLite0(EfficientNetLite0Config())
+
+
+def test_a_picture_is_eight_by_eight_patches_of_1280(encoder: EfficientNetLite0) -> None:
+    images = [draw(Scene.make("test", n)) for n in range(2)]
+    one, other = encoder.encode([*images])
+    assert one.grid == other.grid == (8, 8)
+    assert one.values.shape == (64, 1280) == (64, encoder.width)
+    assert one.values.dtype == torch.float32
+    assert not torch.equal(one.values, other.values)
+    alone = encoder.encode(images[:1])[0]
+    scale = float(one.values.abs().max())
+    torch.testing.assert_close(alone.values, one.values, rtol=0, atol=1e-4 * scale)
+
+
+def test_any_proportions_give_the_same_grid(encoder: EfficientNetLite0) -> None:
+    image = draw(Scene.make("test", 0)).resize((400, 100))
+    features = encoder(PerceiveContext([[image], [image, image]], ["a", "b"])).features
+    assert features.lengths == [64, 128]
+    assert not features.values.requires_grad
+
+
+def test_patches_lie_row_by_row(encoder: EfficientNetLite0) -> None:
+    """What is painted over a corner changes the features there most."""
+    image = draw(Scene.make("test", 0))
+    painted = image.copy()
+    painted.paste((255, 0, 0), (192, 0, 256, 64))
+    before, after = encoder.encode([image, painted])
+    change = (before.values - after.values).norm(dim=-1).reshape(8, 8)
+    row, column = divmod(int(change.argmax()), 8)
+    assert row < 3
+    assert column > 4
+
+
+def test_the_fingerprint_names_weights_and_size(encoder: EfficientNetLite0) -> None:
+    assert encoder.fingerprint == EfficientNetLite0(EfficientNetLite0Config()).fingerprint
+    assert encoder.fingerprint == "efficientnet-lite0-579344248a93-256"
+    small = EfficientNetLite0(EfficientNetLite0Config(size=128))
+    assert small.fingerprint != encoder.fingerprint
+    assert small.encode([draw(Scene.make("test", 0))])[0].grid == (4, 4)
+
+
+def test_sizes_that_give_no_grid_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"encoder\.size.*multiple of 32"):
+        EfficientNetLite0Config.parse({"size": 250}, "encoder")

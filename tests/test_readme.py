@@ -1,0 +1,53 @@
+"""The README's Python runs as it stands there, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.weights
+def test_the_three_lines_of_python_print_an_answer(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) == 3
+
+    exec(compile(code, "README.md", "exec"), {})
+
+    assert capsys.readouterr().out.strip() == "yes"
+
+
+def test_the_make_targets_it_shows_exist():
+    shown = set(re.findall(r"^\$ make ([\w-]+)$", README, re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+    assert shown == {"demo", "test"}
+    assert shown <= targets
+
+
+def test_every_ipn_command_it_lists_exists():
+    from ipn_core.cli.app import app
+
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    lines = [line for line in blocks("")[0].splitlines() if line.startswith("ipn ")]
+    listed = {line.split()[1] for line in lines}
+
+    assert listed == {"ask", "chat", "eval", "train", "plugins", "models", "doctor"}
+    assert listed <= names | {group.name for group in app.registered_groups}
+
+
+def test_every_file_it_links_exists():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_test_file_it_names_exists():
+    for target in re.findall(r"(?:tests|benchmarks|plugins)/[\w./-]+", README):
+        assert (ROOT / target.rstrip(".")).exists(), target
