@@ -31,8 +31,7 @@ $(STAMP): requirements.txt pyproject.toml $(MEMBERS)
 demo: $(STAMP)
 	@$(BIN)/ipn models pull starter
 	$(BIN)/ipn ask examples/scene.png "Is there a dog?"
-	$(BIN)/ipn ask examples/scene.png "How many animals are there?"
-	$(BIN)/ipn ask examples/scene.png "What is left of the dog?"
+	$(BIN)/ipn ask examples/scene.png "What is in row 3, column 3?"
 	$(BIN)/ipn ask examples/scene.png "Which row is the dog in?" --heatmap heatmap.png
 
 test: $(STAMP)
