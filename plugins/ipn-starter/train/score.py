@@ -71,6 +71,14 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def write_card() -> None:
+    """Write the card from the scores that there are."""
+    scores = json.loads(SCORES.read_text())
+    head = (HERE / "card.md").read_text(encoding="utf-8")
+    sections = [table(row, scores[row]) for row in ROWS if row in scores]
+    atomic_write(CARD, (head + "\n" + "\n\n".join(sections) + "\n").encode())
+
+
 def main() -> None:
     """Measure the rows that are named, or all, and write the card."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -84,10 +92,7 @@ def main() -> None:
         scores[row] = result
         atomic_write(SCORES, (json.dumps(scores, indent=1) + "\n").encode())
         print(f"{row}: {_percent(result['accuracy'])} of {result['n']:,}", flush=True)
-    scores = json.loads(SCORES.read_text())
-    head = (HERE / "card.md").read_text(encoding="utf-8")
-    sections = [table(row, scores[row]) for row in ROWS if row in scores]
-    atomic_write(CARD, (head + "\n" + "\n\n".join(sections) + "\n").encode())
+    write_card()
 
 
 if __name__ == "__main__":
