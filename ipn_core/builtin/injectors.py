@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ipn_core.config import Config
@@ -63,8 +62,3 @@ class TokenInjector(Injector):
     def extra_repr(self) -> str:
         """Return the widths."""
         return f"Dm={self.dims.Dm}, D_in={self.dims.D_in}"
-
-    @torch.no_grad()
-    def start_at(self, scale: float) -> None:
-        """Scale the initial output to the size of the LLM's own embeddings."""
-        self.linear.weight.mul_(scale)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,8 +92,6 @@ class RequestImage(Objective):
 
     def loss(self, batch: Batch, request: Request | None) -> Tensor:
         """Score each request that names something against each picture of the batch."""
-        from dataclasses import replace
-
         assert request is not None
         assert self.model.interaction is not None
         rows = [i for i, e in enumerate(batch.examples) if e.names]
@@ -102,11 +101,10 @@ class RequestImage(Objective):
             return (text.sum() + patches.sum()) * 0.0
         pictures = list(seen.values())
         asking = replace(request, values=request.values[rows])
-        text, patches = self.model.interaction.shared_space(asking, batch.features.select(pictures))
-        spread = batch.features.select(pictures).spread(patches)
-        scores = 16 * torch.einsum("qw,npw->qnp", text, spread)
-        mask = batch.features.select(pictures).mask
-        scores = scores.float().masked_fill(~mask, -1e4).logsumexp(-1) - self.offset
+        features = batch.features.select(pictures)
+        text, patches = self.model.interaction.shared_space(asking, features)
+        scores = 16 * torch.einsum("qw,npw->qnp", text, features.spread(patches))
+        scores = scores.float().masked_fill(~features.mask, -1e4).logsumexp(-1) - self.offset
         shown = [set(batch.examples[i].shown) for i in pictures]
         targets = torch.tensor(
             [[float(set(batch.examples[i].names) <= there) for there in shown] for i in rows],

@@ -188,9 +188,8 @@ def questions(scene: Scene) -> list[Example]:
     picture = Picture(scene.name, functools.partial(draw, scene))
     shown = tuple(thing.noun.name for thing in scene.things)
     return [
-        Example(text, (answer,), (picture,), kind, named, shown)
-        for kind, text, answer, *named_ in _Asker(scene, rng).ask()
-        for named in [tuple(named_)]
+        Example(text, (answer,), (picture,), kind, tuple(named), shown)
+        for kind, text, answer, *named in _Asker(scene, rng).ask()
     ]
 
 
@@ -219,8 +218,7 @@ class _Asker:
         plain = self.scene.split in ("val", "test", "composition")
         # In training the plain wording has a third of the questions.
         first = plain or (self.varied and self.rng.random() < 1 / 3)
-        text = (choices[0] if first else self.rng.choice(choices)).format(**parts)
-        return text
+        return (choices[0] if first else self.rng.choice(choices)).format(**parts)
 
     def _cells(self) -> Iterator[tuple[str, ...]]:
         for thing in self.rng.sample(self.scene.things, 2):
