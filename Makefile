@@ -1,7 +1,7 @@
 # make setup      .venv with everything, at the tested versions (at once when nothing changed)
 # make demo       the starter answers questions about a picture and draws where it looked
 # make test       everything that is not slow
-# make test-slow  the rest: installs, wheels, interrupted runs
+# make test-slow  the rest: trainings that are killed and resumed, two processes
 # make test-gpu   what needs a CUDA device
 # make bench      the benchmarks
 # make lint       ruff and mypy
@@ -36,7 +36,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/ipn models pull smollm2-135m-instruct
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(STAMP)
 	@$(BIN)/ipn models pull smollm2-135m-instruct

@@ -1,14 +1,24 @@
-"""Settings of every test: one thread each, no network, and no settings of the user's."""
+"""Settings of every test: one thread each, the hub offline, and no settings of the user's.
+
+Of these only `IPN_CACHE` stays, for it says where the real weights lie that some tests need.
+"""
 
 from __future__ import annotations
 
-import pytest
-import torch
+import os
+
+# Before anything is imported that reads them once, and before what outlives a single test.
+for _name in ("IPN_PLUGINS", "IPN_SMOLLM2"):
+    os.environ.pop(_name, None)
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402  # after the settings above
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what the developer has set in the environment out of the tests."""
+    """Keep what one test has set, as `ipn doctor` does in its process, out of the next."""
     monkeypatch.delenv("IPN_PLUGINS", raising=False)

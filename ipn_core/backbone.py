@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ipn_core.errors import CheckpointError, ConfigError, UserError
+from ipn_core.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
     from ipn_core.config import BackboneConfig
+    from ipn_core.plugins import Registry
 
 __all__ = ["Backbone", "Extended", "LayerCallback"]
 
@@ -65,39 +66,37 @@ class Backbone(nn.Module):
     # -- loading ---------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, config: BackboneConfig) -> Self:
+    def load(cls, config: BackboneConfig, registry: Registry | None = None) -> Self:
         """Load weights and tokenizer from a known name, a folder or a hub id.
 
+        Args:
+            config: names them.
+            registry: where known names are looked up, by default everything installed.
+
         Raises:
-            UserError: nothing of that name, of another architecture, or pickled weights only.
+            CheckpointError: files are missing, damaged or pickled, or the weights do not fill
+                every tensor that their config asks for; these are named.
+            UserError: there is nothing of that name, or it is of another architecture.
+            DownloadError: they could not be fetched.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         from ipn_core.locate import locate_weights
+        from ipn_core.pretrained import load_pretrained, pickle_error, pickles_in, refuse_misfits
 
         if config.weights is None:
             raise ConfigError(
                 "backbone.weights is missing: give a name of 'ipn models list', a folder or a "
                 "hub id."
             )
-        source = locate_weights(config.weights)
+        source = locate_weights(config.weights, registry)
+        what = f"the weights '{config.weights}'"
+        if isinstance(source, Path) and pickles_in(source):
+            raise pickle_error(what, "*.bin")
         dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-        try:
-            lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            where = f"'{config.weights}'"
-            if isinstance(source, Path) and any(source.glob("*.bin")):
-                raise CheckpointError(
-                    f"the weights {where} are pickled (*.bin), which can run code when loaded: "
-                    "refused. Convert them to safetensors first."
-                ) from None
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise UserError(
-                f"the weights {where} cannot be loaded: {first} "
-                "Give a name of 'ipn models list', a folder, or a hub id while online."
-            ) from None
-        return cls(lm, tokenizer)
+        lm, misfits = load_pretrained(AutoModelForCausalLM, source, what, dtype=dtype)
+        refuse_misfits(misfits.values(), lm, what)
+        return cls(lm, _load_tokenizer(source, what))
 
     # -- sizes -----------------------------------------------------------------------------------
 
@@ -251,3 +250,23 @@ class Backbone(nn.Module):
                 "the backbone has transformers' gradient checkpointing on, which empties the "
                 "key-value cache: call gradient_checkpointing_disable() on it."
             )
+
+
+def _load_tokenizer(source: Path | str, what: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside some weights."""
+    from transformers import AutoTokenizer
+
+    from ipn_core.locate import hub_error
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        return tokenizer
+    except Exception as error:
+        found = hub_error(what, error) if isinstance(source, str) else None
+        why = " ".join(str(error).split()).rstrip(".")
+        if isinstance(source, Path) and not any(source.glob("*token*")):
+            why = f"there is none in '{source}'"
+        raise found or CheckpointError(
+            f"the tokenizer of {what} cannot be loaded: {why}. Put the files beside the weights "
+            "that its save_pretrained writes, such as tokenizer.json."
+        ) from error

@@ -17,7 +17,7 @@ from torch import Tensor
 from ipn_core.config import IPNConfig
 from ipn_core.errors import CheckpointError, ConfigError, near
 from ipn_core.files import atomic_write
-from ipn_core.locate import locate_model
+from ipn_core.locate import PICKLES, locate_model
 from ipn_core.plugins import Registry, get_registry
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "models.json"
 FORMAT = 1
 """Version of the folder's format, in `config.json`."""
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def save(model: IPN, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -129,14 +127,17 @@ def strategies_of(folder: Path) -> dict[str, Path]:
     if (folder / CONFIG).is_file():
         content = _read_json(folder / CONFIG)
         if "architectures" in content:
+            held = content["architectures"]
+            names = ", ".join(map(str, held)) if isinstance(held, list) else str(held)
             raise CheckpointError(
-                f"'{folder}' holds a language model ({', '.join(content['architectures'])}), which "
-                "is a backbone's weights and cannot look at pictures by itself. Name it in a "
-                "config as backbone.weights."
+                f"'{folder}' holds a language model ({names}), which is a backbone's weights and "
+                "cannot look at pictures by itself. Name it in a config as backbone.weights."
             )
-        name = content.get("strategy") or (content.get("interact") or {}).get("name") or "model"
-        return {str(name): folder}
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+        interact = content.get("interact")
+        if isinstance(interact, dict):
+            interact = interact.get("name")
+        return {str(content.get("strategy") or interact or "model"): folder}
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise CheckpointError(
             f"'{folder}' holds pickled weights ({', '.join(pickles)}), which can run code when "
@@ -175,7 +176,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     _inside(path.parent, path)
     if not path.is_file():
-        others = sorted(p.name for p in path.parent.iterdir() if p.suffix in _PICKLES)
+        others = sorted(p.name for p in path.parent.iterdir() if p.suffix in PICKLES)
         hint = (
             f"there is {', '.join(others)}, but pickled weights can run code when loaded: refused"
             if others

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -46,7 +46,8 @@ class Config(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except pydantic.ValidationError as error:
-            faults = [cls._explain(fault, where) for fault in error.errors()]
+            found = error.errors()
+            faults = [cls._explain(f, where) for f in found if not _follows(f, found)]
             raise ConfigError("\n".join(faults)) from None
 
     @classmethod
@@ -58,7 +59,13 @@ class Config(BaseModel):
             return f"unknown key '{path}': allowed are {', '.join(known)}{near(name, known)}."
         if fault["type"] == "missing":
             return f"'{path}' is missing."
-        return f"'{path}': {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}."
+        said = fault["msg"]
+        if fault["type"] == "value_error":
+            # Of a validator of ours or of a plugin's; about a mapping it names the keys itself.
+            said = said.removeprefix("Value error, ").rstrip(".") or "wrong value"
+            if isinstance(fault["input"], Mapping):
+                return f"'{path}': {said}."
+        return f"'{path}': {said[0].lower()}{said[1:]}, got {fault['input']!r}."
 
     @classmethod
     def _model_at(cls, path: tuple[Any, ...]) -> type[BaseModel]:
@@ -72,6 +79,13 @@ class Config(BaseModel):
                 break
             model = nested[0]
         return model
+
+
+def _follows(fault: Any, found: Sequence[Any]) -> bool:
+    """Whether a list is called too short only because an item of it has a fault of its own."""
+    at = fault["loc"]
+    inside = [f for f in found if len(f["loc"]) > len(at) and f["loc"][: len(at)] == at]
+    return fault["type"] == "too_short" and bool(inside)
 
 
 class ComponentConfig(Config):
@@ -110,12 +124,17 @@ class Layout(Config):
             Interleaved prompts order pictures and text themselves; the look follows them.
         rounds: request rounds a turn, 0 for strategies that need no request.
         request: request tokens R a round.
+        request_init: words whose embeddings the R slots of `<img-q>` start as, R tokens in all;
+            none for the mean word. An LLM goes on from a word such as "row" with what the question
+            said after it, so that the hidden state tells it. Prompt tuning starts its tokens at
+            words, too (Lester et al. 2021, arXiv 2104.08691, section 2.1).
         dynamic: dynamic tokens K a round.
     """
 
     order: tuple[Literal["images", "text", "look"], ...] = ("images", "text", "look")
     rounds: int = Field(default=1, ge=0, le=16)
     request: int = Field(default=1, ge=1, le=64)
+    request_init: tuple[str, ...] = ()
     dynamic: int = Field(default=5, ge=1, le=1024)
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from ipn_core.errors import PromptError, ShapeError
 from ipn_core.features import VisualFeatures
 from ipn_core.plan import Plan
 from ipn_core.segments import IGNORED, Look, Segment, TokenCounts, lay_out
+from ipn_core.sharing import Part, divide, undivided
 from ipn_core.stages import (
     InjectContext,
     LayerContext,
@@ -84,6 +85,13 @@ class State:
         """C, padding included."""
         return int(self.mask.shape[1])
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows of cache and mask, in this order; one may be named several times."""
+        index = torch.tensor(rows, device=self.mask.device)
+        if self.length:
+            self.cache.batch_select_indices(index)
+        self.mask = self.mask[index]
+
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
@@ -131,12 +139,18 @@ class Engine:
         with self.layers(state, percept):
             for segment in segments:
                 embeds = self._embed(segment, percept, filled)
-                hidden = self._extend(segment, embeds, state)
+                hidden = self._extend(segment, embeds, percept, state)
                 if clock:
                     clock.lap("prefill")
                 filled = self._look(segment, hidden, percept, state, clock, return_map)
-        embeds = self._embed(last, percept, filled)
-        return Prefix(state, embeds, last.mask.to(embeds.device))
+            embeds = self._embed(last, percept, filled)
+            (*shared, rest), _ = self._divide(last, percept, state, every=True)
+            self._run(shared, embeds, state)
+        own = self._enter(rest, embeds, state)
+        self._count(state, last.mask.sum(1) - rest.mask.sum(1))
+        if shared and clock:
+            clock.lap("prefill")
+        return Prefix(state, own, rest.mask.to(own.device))
 
     def loss(self, plans: Sequence[Plan], percept: Percept) -> tuple[Tensor, int, State]:
         """Return the summed cross entropy of the tokens to learn, their number, and the state.
@@ -154,13 +168,16 @@ class Engine:
         with self.layers(state, percept):
             for index, segment in enumerate(segments):
                 embeds = self._embed(segment, percept, filled)
-                hidden = self._extend(segment, embeds, state)
+                hidden = self._extend(segment, embeds, percept, state)
                 if segment.learns:
-                    labels = segment.labels[:, 1:].to(embeds.device)
+                    # What rows share holds nothing to be learned; the rest ends the segment.
+                    last = hidden[-1]
+                    targets = segment.labels[:, segment.length - last.shape[1] + 1 :]
+                    labels = targets.to(embeds.device)
                     learned = labels != IGNORED
-                    logits = self.model.backbone.logits(hidden[-1][:, :-1][learned])
+                    logits = self.model.backbone.logits(last[:, :-1][learned])
                     total = total + F.cross_entropy(logits, labels[learned], reduction="sum")
-                    count += int((segment.labels[:, 1:] != IGNORED).sum())
+                    count += int((targets != IGNORED).sum())
                 if index < len(segments) - 1:
                     filled = self._look(segment, hidden, percept, state, None, False)
         return total, count, state
@@ -173,7 +190,7 @@ class Engine:
         """
         (first, *_), state = self._segments(plans, percept, None)
         with self.layers(state, percept):
-            hidden = self._extend(first, self._embed(first, percept, []), state)
+            hidden = self._extend(first, self._embed(first, percept, []), percept, state)
         return self._at_request(first, hidden)
 
     @contextmanager
@@ -279,59 +296,78 @@ class Engine:
         where = torch.tensor(index, device=embeds.device)
         return embeds.index_put((where[:, 0], where[:, 1]), torch.cat(values).to(embeds.dtype))
 
-    def _extend(self, segment: Segment, embeds: Tensor, state: State) -> dict[int, Tensor]:
-        """Run the backbone over a segment; returns hidden states by layer, -1 the last."""
-        backbone = self.model.backbone
-        requester = self.model.requester
-        wanted = [] if requester is None or not segment.looks else [requester.layer]
-        mask = torch.cat([state.mask, segment.mask.to(embeds.device)], dim=1)
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, state.length :]
-        rows = self._distinct(segment, state)
-        full = not segment.padded and sum(state.lengths) == state.length * len(state.lengths)
-        if rows is None:
-            out = backbone.extend(embeds, state.cache, positions, None if full else mask, wanted)
-            hidden = {**out.hidden, -1: out.last}
-        else:
-            # The same question asked of several pictures: its prefix is run once.
-            first, copies = rows
-            kept = torch.tensor(first, device=embeds.device)
-            out = backbone.extend(
-                embeds[kept],
-                state.cache,
-                positions[kept],
-                None if full else mask[kept],
-                wanted,
-            )
-            spread = torch.tensor(copies, device=embeds.device)
-            state.cache.batch_select_indices(spread)
-            hidden = {k: h[spread] for k, h in {**out.hidden, -1: out.last}.items()}
-        state.mask = mask
-        state.lengths = [
-            n + int(m) for n, m in zip(state.lengths, segment.mask.sum(1).tolist(), strict=True)
-        ]
-        return hidden
+    def _divide(
+        self, segment: Segment, percept: Percept, state: State, every: bool = False
+    ) -> tuple[list[Part], list[int]]:
+        """Cut a segment into parts that rows share; only the first one has any."""
+        alone = len(segment.ids) == 1
+        if alone or state.length or isinstance(self.model.injector, LayerInjector):
+            return undivided(segment)
+        tokens = percept.tokens or ()
+        # A connector gives one tensor for what is the same picture to it.
+        pictures = {
+            (span.sample, span.place): id(own)
+            for span, own in zip(percept.features.images, tokens, strict=False)
+        }
+        return divide(segment, pictures, every=every)
 
-    def _distinct(self, segment: Segment, state: State) -> tuple[list[int], list[int]] | None:
-        """Find rows of a first segment that hold the same tokens and no picture.
+    def _run(
+        self, parts: Sequence[Part], embeds: Tensor, state: State, wanted: Sequence[int] = ()
+    ) -> dict[int, Tensor]:
+        """Run parts of a segment one after the other.
+
+        Args:
+            parts: each is left with its own rows in the cache and the state.
+            embeds: (B, L, D_in) of the whole segment.
+            state: is extended in place.
+            wanted: further hidden layers to return.
 
         Returns:
-            The rows to run and, for every row, its index among them; None if all differ.
+            Hidden states of the last part by layer, -1 the last.
         """
-        if state.length or segment.statics or isinstance(self.model.injector, LayerInjector):
-            return None
-        looking = {look.row for look in segment.looks}
-        keys = [
-            (tuple(ids), tuple(mask), row in looking)
-            for row, (ids, mask) in enumerate(
-                zip(segment.ids.tolist(), segment.mask.tolist(), strict=True)
-            )
-        ]
-        first = {key: row for row, key in reversed(list(enumerate(keys)))}
-        if len(first) == len(keys):
-            return None
-        rows = sorted(first.values())
-        order = {row: i for i, row in enumerate(rows)}
-        return rows, [order[first[key]] for key in keys]
+        hidden: dict[int, Tensor] = {}
+        full = sum(state.lengths) == state.length * len(state.lengths)
+        for part in parts:
+            mine = self._enter(part, embeds, state)
+            state.mask = torch.cat([state.mask, part.mask.to(mine.device)], dim=1)
+            full = full and not part.padded
+            positions = (state.mask.long().cumsum(1) - 1).clamp(min=0)[:, -mine.shape[1] :]
+            mask = None if full else state.mask
+            out = self.model.backbone.extend(mine, state.cache, positions, mask, wanted)
+            hidden = {**out.hidden, -1: out.last}
+        return hidden
+
+    @staticmethod
+    def _enter(part: Part, embeds: Tensor, state: State) -> Tensor:
+        """Give a part its rows of the cache; returns its embeddings (n, L, D_in)."""
+        if part.parents != list(range(len(state.mask))):
+            state.select(part.parents)
+        rows = torch.tensor(part.rows, device=embeds.device)
+        return embeds[rows[:, None], part.order.to(embeds.device)]
+
+    def _extend(
+        self, segment: Segment, embeds: Tensor, percept: Percept, state: State
+    ) -> dict[int, Tensor]:
+        """Run the backbone over a segment.
+
+        Returns:
+            Hidden states by layer, -1 the last, for every row; of a first segment that was divided
+            only the last part, which ends where the segment does.
+        """
+        requester = self.model.requester
+        wanted = [] if requester is None or not segment.looks else [requester.layer]
+        parts, index = self._divide(segment, percept, state)
+        hidden = self._run(parts, embeds, state, wanted)
+        if index != list(range(len(state.mask))):
+            state.select(index)
+            spread = torch.tensor(index, device=embeds.device)
+            hidden = {layer: states[spread] for layer, states in hidden.items()}
+        self._count(state, segment.mask.sum(1))
+        return hidden
+
+    @staticmethod
+    def _count(state: State, more: Tensor) -> None:
+        state.lengths = [n + m for n, m in zip(state.lengths, more.tolist(), strict=True)]
 
     # -- looking ---------------------------------------------------------------------------------
 

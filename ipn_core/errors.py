@@ -22,9 +22,11 @@ __all__ = [
     "PluginError",
     "PromptError",
     "ShapeError",
+    "StageError",
     "TrainingError",
     "UnknownNameError",
     "UserError",
+    "first_line",
     "near",
     "unknown_name",
 ]
@@ -67,7 +69,7 @@ class ImageError(UserError):
 
 
 class PluginError(UserError):
-    """A plugin failed; the text names its distribution, its version and the stage."""
+    """A plugin cannot be imported or built; the text names its distribution and version."""
 
 
 class PromptError(UserError):
@@ -83,15 +85,30 @@ class UnknownNameError(UserError):
 
 
 class DownloadError(IPNError):
-    """Weights could not be fetched."""
+    """Weights could not be fetched: the index or the hub cannot be reached, or refuses."""
 
 
 class ChecksumError(DownloadError):
     """Fetched bytes are not the published ones."""
 
 
+class StageError(IPNError):
+    """A stage, or a wrapper around it, failed while it ran; the text names who brought it."""
+
+
 class TrainingError(IPNError):
     """Training stopped itself; the text names the tensor or the check that failed."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, ending with a full stop.
+
+    A line that ends with a colon announces the next one, which then belongs to it.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        lines[:2] = [f"{lines[0]} {lines[1]}"]
+    return (lines or [type(error).__name__])[0].rstrip(".") + "."
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -88,6 +88,45 @@ class VisualFeatures:
             seen[sample] += 1
         return cls(torch.cat(list(values)), tuple(spans), batch, global_tokens, looker)
 
+    @classmethod
+    def share(
+        cls,
+        values: Sequence[Tensor],
+        grids: Sequence[tuple[int, int]],
+        rows: Sequence[Sequence[int]],
+        width: int,
+        global_tokens: Sequence[Tensor | None] = (),
+        looker: Callable[[Sequence[Box]], VisualFeatures] | None = None,
+    ) -> VisualFeatures:
+        """Pack pictures that several samples may show, the patches of each once for each place.
+
+        Args:
+            values: one (h·w, Dv) tensor a distinct picture.
+            grids: the (h, w) of each.
+            rows: for each sample, which of the pictures its prompt shows, in order.
+            width: Dv, for a batch without a picture.
+            global_tokens: (Dv,) a picture; left out unless all have one.
+            looker: as in the class.
+        """
+        shown = [(row, place, one) for row, r in enumerate(rows) for place, one in enumerate(r)]
+        spans: dict[tuple[int, int], ImageSpan] = {}
+        packed: list[Tensor] = [] if shown else [torch.zeros(0, width)]
+        offset = 0
+        for _, place, one in shown:
+            if (one, place) not in spans:
+                spans[one, place] = ImageSpan(0, grids[one], offset, place)
+                packed.append(values[one])
+                offset += len(values[one])
+        tokens = [token for token in global_tokens if token is not None]
+        whole = bool(tokens) and len(tokens) == len(values)
+        return cls(
+            torch.cat(packed),
+            tuple(spans[one, place].moved(row, place) for row, place, one in shown),
+            len(rows),
+            torch.stack([tokens[one] for *_, one in shown]) if whole and shown else None,
+            looker,
+        )
+
     @cached_property
     def lengths(self) -> list[int]:
         """Number of patches of each sample, (B,)."""

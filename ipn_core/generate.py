@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ipn_core.answer import Answer, Answers
 from ipn_core.engine import LookRecord, Prefix, State
-from ipn_core.errors import PromptError
+from ipn_core.errors import GenerationOptionError
 from ipn_core.generation import check_options, prompt_processors, repeats_of, with_config
 from ipn_core.plan import Plan
 
@@ -56,7 +56,7 @@ def decode(
     prefix = model.engine.prefix(
         plans, percept, state=state, clock=clock, return_map=_has_map(model)
     )
-    _check_room(model, prefix, options)
+    _limit(model, prefix, options)
     state, (repeats, returned) = prefix.state, repeats_of(options)
     cache, rows = state.cache, state.mask.shape[0]
     ends = options.get("eos_token_id")
@@ -117,24 +117,30 @@ def _has_map(model: IPN) -> bool:
     return model.interaction is not None and model.interaction.has_map
 
 
-def _check_room(model: IPN, prefix: Prefix, options: dict[str, Any]) -> None:
-    asked = options.get("max_new_tokens") or 1
+def _limit(model: IPN, prefix: Prefix, options: dict[str, Any]) -> None:
+    """End every answer where the context ends, which each prompt leaves room in.
+
+    Raises:
+        GenerationOptionError: `max_length` leaves no room for an answer.
+    """
+    asked = options.get("max_new_tokens")
     longest = max(
         length + int(n)
         for length, n in zip(prefix.state.lengths, prefix.mask.sum(1).tolist(), strict=True)
     )
-    limit = model.backbone.max_positions
-    if longest + 1 > limit:
-        raise PromptError(
-            f"the prompt has {longest} tokens; the context of this LLM is {limit}. "
-            "Shorten the question or show fewer pictures."
-        )
-    if longest + asked > limit:
-        options["max_new_tokens"] = limit - longest
+    room = model.backbone.max_positions - longest
+    if asked is not None and asked > room:
+        options["max_new_tokens"] = room
     if options.get("max_length") is not None:
         # It counts the prompt, and its padding too.
         held = prefix.state.length + prefix.mask.shape[1]
-        options["max_length"] = min(int(options["max_length"]), held + limit - longest)
+        if asked is None and options["max_length"] <= held:
+            raise GenerationOptionError(
+                f"generation option 'max_length' counts the prompt, which has {held} tokens, so "
+                f"it must be at least {held + 1}, got {options['max_length']}. Give "
+                "'max_new_tokens' instead, which counts the answer alone."
+            )
+        options["max_length"] = min(options["max_length"], held + room)
 
 
 def _trimmed(sequences: Tensor, ends: Sequence[int], pad: int | None) -> list[tuple[int, ...]]:

@@ -8,6 +8,7 @@ which has none (it is made of embeddings), cannot be served; they are refused by
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -108,11 +109,16 @@ def with_config(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: getattr(config, name) for name in written}, **given}
 
 
+COUNTS = ("max_length", "max_new_tokens", "num_beams", "num_return_sequences")
+"""Options that count something of which there must be at least one."""
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Refuse what cannot be served.
 
     Raises:
-        GenerationOptionError: an option is unknown, is the engine's own, or is in `REFUSED`.
+        GenerationOptionError: an option is unknown, is the engine's own, is in `REFUSED`, or
+            counts less than one.
     """
     from transformers import GenerationConfig
 
@@ -134,6 +140,12 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise GenerationOptionError(
                 f"unknown generation option '{name}'{near(name, known)}. "
                 "See transformers' GenerationConfig."
+            )
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if name in COUNTS and value is not None and not (whole and value >= 1):
+            raise GenerationOptionError(
+                f"generation option '{name}' must be a whole number of at least 1, got {value!r}. "
+                "Raise it, or leave it out."
             )
 
 

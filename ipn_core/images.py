@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Union
@@ -66,9 +67,17 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
                 f"{name} is not an image that Pillow can read. "
                 "Give a PNG, JPEG, WebP, GIF, BMP or TIFF file."
             ) from None
-        except Image.DecompressionBombError:
-            raise ImageError(_too_large(name, None, max_pixels)) from None
+        except Image.DecompressionBombError as error:
+            # Raised before there is an image to ask; only the text has the size.
+            found = re.search(r"\d+", str(error))
+            got = f"{int(found[0]):,}" if found else "far more"
+            raise ImageError(_too_large(name, got, max_pixels)) from None
         except (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                # It could not be opened, such as a name that is too long.
+                raise ImageError(
+                    f"{name} cannot be read ({error.strerror}). Give the path of a picture."
+                ) from None
             raise ImageError(
                 f"{name} is damaged or cut short ({error}). Save or fetch it again."
             ) from None
@@ -128,12 +137,11 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{name} is empty ({width}×{height} pixels).")
     if width * height > max_pixels:
-        raise ImageError(_too_large(name, size, max_pixels))
+        raise ImageError(_too_large(name, f"{width}×{height}", max_pixels))
 
 
-def _too_large(name: str, size: tuple[int, int] | None, max_pixels: int) -> str:
-    got = f"{size[0]}×{size[1]} pixels" if size else "far more pixels"
-    return f"{name} has {got}; at most {max_pixels:,} are accepted. Scale it down first."
+def _too_large(name: str, got: str, max_pixels: int) -> str:
+    return f"{name} has {got} pixels; at most {max_pixels:,} are accepted. Scale it down first."
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

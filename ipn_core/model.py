@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ipn_core.answer import Answer, Answers
 from ipn_core.clock import Clock
-from ipn_core.config import ComponentConfig, IPNConfig
+from ipn_core.config import ComponentConfig, IPNConfig, Layout
 from ipn_core.dialogue import Dialogue
 from ipn_core.engine import Engine
-from ipn_core.errors import ConfigError, IPNError, PluginError
+from ipn_core.errors import ConfigError, IPNError, PluginError, StageError
 from ipn_core.generate import decode
 from ipn_core.hooks import PROJECT, StageSpec
 from ipn_core.images import load_image
@@ -66,6 +66,7 @@ class IPN(nn.Module):
         interaction: Interaction | None = None,
         injector: Injector | None = None,
         name: str = "",
+        registry: Registry | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -75,10 +76,12 @@ class IPN(nn.Module):
         self.interaction = interaction
         self.injector = injector
         self.name = name
+        self._registry = registry
         self.slots = Slots(
             config.layout.request,
             config.layout.dynamic,
             backbone.lm.get_input_embeddings().weight,
+            _request_words(backbone, config.layout),
         ).to(backbone.device)
         self.pm = pluggy.PluginManager(PROJECT)
         self.pm.add_hookspecs(StageSpec)
@@ -119,9 +122,10 @@ class IPN(nn.Module):
         """
         registry = registry or get_registry()
         if not isinstance(config, IPNConfig):
-            config = IPNConfig.resolve(config, registry, "config")
+            config = IPNConfig.resolve(config, registry, "model")
         if backbone is None:
-            backbone = registry.get("backbone", config.backbone.name).load().load(config.backbone)
+            adapter = registry.get("backbone", config.backbone.name).load()
+            backbone = adapter.load(config.backbone, registry)
         build = _Builder(registry)
         if encoder is None:
             encoder = build("perceiver", config.encoder)
@@ -140,13 +144,13 @@ class IPN(nn.Module):
             perceiver = build("perceiver", config.perceive, dims, encoder)
             dims = _with(dims, S=perceiver.static_tokens or 0)
         if not layout.rounds:
-            return cls(config, backbone, perceiver, name=name)
+            return cls(config, backbone, perceiver, name=name, registry=registry)
         requester = build("requester", config.request, dims)
         dims = _with(dims, D_request=requester.width)
         interaction = build("interaction", config.interact, dims)
         dims = _with(dims, Dm=interaction.width)
         injector = build("injector", config.inject, dims)
-        return cls(config, backbone, perceiver, requester, interaction, injector, name)
+        return cls(config, backbone, perceiver, requester, interaction, injector, name, registry)
 
     @classmethod
     def from_pretrained(
@@ -234,7 +238,8 @@ class IPN(nn.Module):
             "interact": ("interaction", self.config.interact),
             "inject": ("injector", self.config.inject),
         }[stage]
-        found = get_registry().entries(kind).get(part.name) if part else None
+        registry = self._registry or get_registry()
+        found = registry.entries(kind).get(part.name) if part else None
         return f"plugin {found.plugin.label}" if found else "a local class"
 
     def train(self, mode: bool = True) -> Self:
@@ -277,14 +282,14 @@ class IPN(nn.Module):
         """Call a stage's hook: "perceive", "request", "interact" or "inject".
 
         Raises:
-            PluginError: the stage or a wrapper around it failed; the text names it.
+            StageError: the stage or a wrapper around it failed; the text names it.
         """
         try:
             return getattr(self.pm.hook, stage)(**arguments)
         except IPNError:
             raise
         except Exception as error:
-            raise PluginError(
+            raise StageError(
                 f"stage {stage} of {self.label(stage)} failed: {type(error).__name__}: {error}"
             ) from error
 
@@ -364,6 +369,21 @@ class _Builder:
                 f"{kind} '{spec.name}' of {component.plugin.label} cannot be built: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def _request_words(backbone: Backbone, layout: Layout) -> Tensor | None:
+    """Return the embeddings (R, D_in) that the slots of `<img-q>` start as, if words are given."""
+    if not layout.request_init:
+        return None
+    parts = [backbone.tokenizer(t, add_special_tokens=False) for t in layout.request_init]
+    ids = [id_ for part in parts for id_ in part["input_ids"]]
+    if len(ids) != layout.request:
+        raise ConfigError(
+            f"'layout.request_init' is {len(ids)} tokens of this LLM and 'layout.request' is "
+            f"{layout.request}: make them equal."
+        )
+    with torch.no_grad():
+        return backbone.embed(torch.tensor([ids], device=backbone.device))[0]
 
 
 def _with(dims: Dims, **changes: Any) -> Dims:

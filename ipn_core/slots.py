@@ -17,17 +17,21 @@ class Slots(nn.Module):
         dynamic: (K, D_in) offsets of the `<img-d>` slots, for the injector.
     """
 
-    def __init__(self, request: int, dynamic: int, embeddings: Tensor) -> None:
-        """Start `<img-q>` at the mean word, which every LLM reads as some token.
+    def __init__(
+        self, request: int, dynamic: int, embeddings: Tensor, words: Tensor | None = None
+    ) -> None:
+        """Start `<img-q>` at given words, or else at the mean word, which every LLM reads somehow.
 
         Args:
             request: R.
             dynamic: K.
             embeddings: (vocabulary, D_in) the LLM's input embeddings.
+            words: (R, D_in) where the request slots start; None for the mean word.
         """
         super().__init__()
         width = embeddings.shape[1]
-        mean = embeddings.detach().float().mean(0).cpu()
+        if words is None:
+            words = embeddings.detach().float().mean(0).expand(request, width)
         self.image = nn.Parameter(torch.zeros(width))
-        self.request = nn.Parameter(mean.expand(request, width).clone())
+        self.request = nn.Parameter(words.detach().float().cpu().clone())
         self.dynamic = nn.Parameter(torch.zeros(dynamic, width))

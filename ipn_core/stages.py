@@ -315,7 +315,11 @@ class Connector(Perceiver):
 
     @abstractmethod
     def connect(self, features: VisualFeatures, context: PerceiveContext) -> list[Tensor]:
-        """Return the static tokens of each picture, (S, D_in) each."""
+        """Return the static tokens of each picture, (S, D_in) each.
+
+        Where samples share a picture's patches and its tokens do not depend on the question, give
+        all of them the same tensor: the LLM then reads it once for the batch.
+        """
 
     def forward(self, context: PerceiveContext) -> Percept:
         """Encode, then connect."""
@@ -376,12 +380,12 @@ class Interaction(Stage):
 
     @property
     def objectives(self) -> frozenset[str]:
-        """Which training objectives besides `language` it can serve.
+        """Which training objectives besides `language` it declares that it can serve; none yet.
 
-        `answer-embedding` needs a message as wide as the LLM's embeddings, `request-image` needs
-        `shared_space`.
+        `answer-embedding` and `verbalise` need a message whose tokens may stand for the answer's
+        input embedding, as wide as the LLM's; `request-image` needs `shared_space`.
         """
-        return frozenset({"answer-embedding"})
+        return frozenset()
 
     def shared_space(self, request: Request, features: VisualFeatures) -> tuple[Tensor, Tensor]:
         """Map requests and patches into one space, for the objective `request-image`.
@@ -399,7 +403,7 @@ class Interaction(Stage):
         """Prepare new weights for the data, before the first step of a training.
 
         Args:
-            requests: (n, D_request) a sample of requests.
+            requests: (n, R, D_request) a sample of requests.
             patches: (m, Dv) a sample of patches.
         """
 

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipn_core.errors import ConfigError, DataError, UnknownNameError, near
+from ipn_core.errors import (
+    ConfigError,
+    DataError,
+    ImageError,
+    IPNError,
+    PluginError,
+    UnknownNameError,
+    near,
+)
 from ipn_core.images import load_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ipn_core.plugins import Registry
+    from ipn_core.plugins import Component, Registry
 
 __all__ = ["Example", "JsonlTask", "Picture", "Task", "open_task"]
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +68,23 @@ class Example:
 
 
 class Task(ABC):
-    """A source of examples, registered with `registry.task(name, ...)`."""
+    """A source of examples, registered with `registry.task(name, ...)`.
+
+    Attributes:
+        splits: the names that `examples` takes.
+        default_split: what `ipn eval` asks where no split is named.
+    """
 
     splits: tuple[str, ...] = ("test",)
     default_split: str = "test"
+
+    @property
+    def test_splits(self) -> tuple[str, ...]:
+        """The splits that training refuses to learn from or to choose by.
+
+        By default those whose names start with "test"; a task with others assigns their names.
+        """
+        return tuple(split for split in self.splits if split.startswith("test"))
 
     @abstractmethod
     def examples(self, split: str) -> Sequence[Example]:
@@ -96,7 +121,8 @@ class JsonlTask(Task):
         """Return the file's examples; every line is checked before the first is returned."""
         self.check_split(split)
         try:
-            text = self.path.read_text(encoding="utf-8")
+            # Editors on Windows begin a file with a byte order mark.
+            text = self.path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise DataError(f"no such file: '{self.path}'. Give a task or a JSONL file.") from None
         except UnicodeDecodeError as error:
@@ -138,18 +164,27 @@ class JsonlTask(Task):
         kind = row.get("type", "all")
         if not isinstance(kind, str) or not kind:
             raise fail(f"'type' must be a text, got {kind!r}")
-        return Example(question, answers, tuple(self._picture(p, fail) for p in paths), kind)
+        pictures = tuple(self._picture(path, number, fail) for path in paths)
+        return Example(question, answers, pictures, kind)
 
     @staticmethod
     def _texts(value: Any) -> tuple[str, ...]:
         values = value if isinstance(value, list) else [value]
         return tuple(values) if all(isinstance(v, str) and v.strip() for v in values) else ()
 
-    def _picture(self, name: str, fail: Callable[[str], DataError]) -> Picture:
+    def _picture(self, name: str, number: int, fail: Callable[[str], DataError]) -> Picture:
         path = self.path.parent / name
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise fail(f"no such image: '{path}'")
-        return Picture(str(path), lambda: load_image(path))
+
+        def load() -> Image.Image:
+            # Decoding a large file's pictures beforehand would take as long as answering.
+            try:
+                return load_image(path)
+            except ImageError as error:
+                raise DataError(f"'{self.path}' line {number}: {error}") from error
+
+        return Picture(str(path), load)
 
 
 def open_task(
@@ -164,7 +199,8 @@ def open_task(
 
     Raises:
         UnknownNameError: it is neither.
-        ConfigError: the task takes no such option.
+        ConfigError: the task takes no such option, or not such a value.
+        PluginError: the task cannot be built.
     """
     from ipn_core.plugins import get_registry
 
@@ -172,13 +208,12 @@ def open_task(
     if name in known:
         target = known[name].load()
         if isinstance(target, Task):
+            if options:
+                raise ConfigError(f"task '{name}' takes no options, got {', '.join(options)}.")
             return target
-        try:
-            opened: Task = target(**(options or {}))
-        except TypeError as error:
-            raise ConfigError(f"task '{name}' takes no such options: {error}.") from None
-        return opened
-    if name.endswith(".jsonl") or Path(name).is_file():
+        return _build(known[name], target, options or {})
+    # `os.path` instead of `Path`: a text too long for a file's name is no file, and no failure.
+    if name.endswith(".jsonl") or os.path.isfile(name):
         if options:
             raise ConfigError(f"'{name}' is a file and takes no options, got {dict(options)}.")
         return JsonlTask(name)
@@ -186,3 +221,62 @@ def open_task(
         f"unknown task '{name}': installed are {', '.join(sorted(known)) or 'none'}"
         f"{near(name, known)}. Name one of them or a FILE.jsonl. See 'ipn plugins'."
     )
+
+
+def _build(component: Component, target: Callable[..., Task], options: Mapping[str, Any]) -> Task:
+    """Build a task, its options checked against the names and types of its signature."""
+    given = _checked(f"task '{component.name}'", target, options)
+    try:
+        return target(**given)
+    except IPNError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"task '{component.name}' of {component.plugin.label} cannot be built: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _checked(what: str, target: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options as the types that the target's signature asks for.
+
+    Raises:
+        ConfigError: one is unknown, missing or of another type.
+    """
+    try:
+        signature = inspect.signature(target, eval_str=True)
+    except NameError:  # an annotation of names that only type checkers import
+        signature = inspect.signature(target)
+    named = {p.name: p for p in signature.parameters.values() if p.kind in _BY_NAME}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for option in options:
+        if option not in named and not takes_any:
+            allowed = f"allowed are {', '.join(named)}" if named else "it takes none"
+            raise ConfigError(f"{what} has no option '{option}': {allowed}{near(option, named)}.")
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise ConfigError(f"{what}: {error}. Its options are {', '.join(named)}.") from None
+    return {
+        option: _converted(f"option '{option}' of {what}", named[option].annotation, value)
+        if option in named
+        else value
+        for option, value in options.items()
+    }
+
+
+def _converted(what: str, wanted: Any, value: Any) -> Any:
+    """Return a value as the type of an annotation, where that is one that pydantic can check."""
+    import pydantic
+
+    if wanted is inspect.Parameter.empty or isinstance(wanted, str):
+        return value
+    try:
+        adapter = pydantic.TypeAdapter(wanted)
+    except pydantic.errors.PydanticUserError:
+        return value
+    try:
+        return adapter.validate_python(value)
+    except pydantic.ValidationError as error:
+        said = error.errors()[0]["msg"]
+        raise ConfigError(f"{what}: {said[0].lower()}{said[1:]}, got {value!r}.") from None

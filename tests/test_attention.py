@@ -31,10 +31,23 @@ from ipn_core.errors import (
 )
 from ipn_core.hooks import hookimpl
 from ipn_core.plugins import add_plugin, get_registry
+from ipn_core.testing.contracts import AttentionContract
 
 BACKENDS = ("sdpa", "sdpa-math", "sdpa-flash", "xformers")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 """Relative to the largest value."""
+
+
+class TestEager(AttentionContract):
+    name = "eager"
+
+
+class TestSDPA(AttentionContract):
+    name = "sdpa"
+
+
+class TestSDPAMath(AttentionContract):
+    name = "sdpa-math"
 
 
 def _dead_rows(B: int, M: int, N: int) -> Tensor:

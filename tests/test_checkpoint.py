@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from toys import picture, toy_model
 
 from ipn_core import checkpoint
-from ipn_core.errors import CheckpointError, IPNError, UnknownNameError
+from ipn_core.errors import CheckpointError, DownloadError, IPNError, UnknownNameError
 from ipn_core.model import IPN
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
 
@@ -237,3 +237,48 @@ def test_a_folder_that_is_no_model_and_an_unknown_name_are_refused(
         load(registry, tmp_path)
     with pytest.raises(UnknownNameError, match=r"unknown model 'nothing'.*ipn models list"):
         load(registry, "nothing")
+    with pytest.raises(UnknownNameError, match=r"unknown model 'x+'.*ipn models list"):
+        load(registry, "x" * 5000)
+
+
+def test_a_hub_that_cannot_be_reached_is_no_fault_of_the_user(registry: Any) -> None:
+    with pytest.raises(DownloadError, match=r"cannot fetch model 'no/such' .*try again online"):
+        load(registry, "no/such")
+    with pytest.raises(UnknownNameError, match=r"cannot find model 'no/x+' here or on the hub"):
+        load(registry, f"no/{'x' * 200}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("m.bin", b"anything", "is a pickle, which can run code when loaded: refused. Give"),
+        ("m", pickle.dumps([]), "is a pickle, which can run code when loaded: refused. Give"),
+        ("m.json", b"{}", "is a file: weights and models are folders. Give the folder, such as '"),
+    ],
+    ids=["by name", "by content", "another file"],
+)
+def test_a_file_is_no_model(
+    registry: Any, tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=reason):
+        load(registry, tmp_path / name)
+
+
+@pytest.mark.parametrize("interact", ["tiny-look", {"name": "tiny-look"}])
+def test_a_config_without_a_strategy_goes_by_its_interaction(
+    registry: Any, tmp_path: Path, interact: Any
+) -> None:
+    toy_model(registry).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["strategy"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "interact": interact}))
+    assert load(registry, tmp_path).strategy == "tiny-look"
+    assert list(checkpoint.strategies_of(tmp_path)) == ["tiny-look"]
+
+
+@pytest.mark.parametrize("held", [["LlamaForCausalLM"], None, [1]])
+def test_a_language_model_is_no_checkpoint(registry: Any, tmp_path: Path, held: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": held}))
+    with pytest.raises(CheckpointError, match=r"holds a language model .*backbone\.weights"):
+        load(registry, tmp_path)

@@ -43,6 +43,39 @@ def test_faults_name_the_key_what_is_allowed_and_what_was_given(values: Any, tex
         Own.parse(values, "x")
 
 
+class Even(Config):
+    width: int = 8
+
+    @pydantic.field_validator("width")
+    @classmethod
+    def _even(cls, width: int) -> int:
+        if width % 2:
+            raise ValueError("must be even" if width > 0 else "")
+        return width
+
+
+@pytest.mark.parametrize(
+    ("width", "text"), [(3, "'x.width': must be even, got 3."), (-1, "'x.width': wrong value, got")]
+)
+def test_a_validators_own_words_stand_alone(width: int, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Even.parse({"width": width}, "x")
+    assert str(caught.value).startswith(text)
+
+
+class Listed(Config):
+    items: tuple[Own, ...] = pydantic.Field(min_length=1)
+
+
+def test_a_list_whose_item_is_wrong_is_not_called_too_short_as_well() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Listed.parse({"items": [{"widht": 1}]}, "x")
+    assert str(caught.value).startswith("unknown key 'x.items.0.widht'")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"'x.items': tuple should have at least 1 item"):
+        Listed.parse({"items": []}, "x")
+
+
 def test_several_faults_are_told_together_a_line_each() -> None:
     with pytest.raises(ConfigError) as caught:
         Own.parse({"width": "a", "heigth": 3}, "x")
@@ -55,8 +88,11 @@ def test_several_faults_are_told_together_a_line_each() -> None:
         ({"layout": {"rounds": 17}}, r"layout.rounds': .*less than or equal to 16, got 17"),
         ({"layout": {"dynamc": 3}}, r"unknown key 'config.layout.dynamc'.* 'dynamic'"),
         ({"layout": {"order": ["images", "text", "text"]}}, "must name images, text and look"),
-        ({"layout": {"rounds": 1}}, "request, interact and inject are all needed"),
-        (ASKING, "need layout.rounds > 0"),
+        (
+            {"layout": {"rounds": 1}},
+            "^'config': with layout.rounds > 0, request, interact and inject are all needed.$",
+        ),
+        (ASKING, "^'config': request, interact and inject need layout.rounds > 0.$"),
         ({"backbone": {"name": "llama", "dtype": "int8"}}, r"backbone.dtype': .*'bfloat16'.*int8"),
         ({"encoder": None}, "config.encoder'"),
     ],
@@ -106,6 +142,8 @@ def test_unknown_strategies_components_and_options_are_refused(registry: Any) ->
         toy_model(registry, interact="tiny-lok")
     with pytest.raises(ConfigError, match=r"unknown key 'interaction tiny-look.widht'.*'width'"):
         toy_model(registry, interact={"widht": 3})
+    with pytest.raises(ConfigError, match=r"unknown key 'model.layot'.*did you mean 'layout'"):
+        toy_model(registry, layot={})
     with pytest.raises(ConfigError, match="perceiver 'toy-linear' takes no options, got wide"):
         toy_model(registry, "toy-both", perceive={"name": "toy-linear", "wide": 1})
     with pytest.raises(ConfigError, match=r"'request.layer' must be between -3 and 2.* got 3"):

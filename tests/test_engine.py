@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +9,9 @@ import pytest
 import torch
 import two_pass
 from toys import FAMILIES, K, picture, prompt_of, toy_model
+from watching import check_loss, seen_positions
 
-from ipn_core.errors import PluginError, PromptError, ShapeError
+from ipn_core.errors import PromptError, ShapeError, StageError
 from ipn_core.model import IPN
 from ipn_core.prompt import Prompt
 from ipn_core.testing.interactions import TinyLook
@@ -41,19 +40,6 @@ def last_logits(model: IPN, prompts: list[Any]) -> tuple[torch.Tensor, torch.Ten
     return model.backbone.logits(out.last), prefix.mask
 
 
-def gradients(model: IPN, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    names, values = zip(
-        *((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True
-    )
-    if not loss.requires_grad:  # without a picture nothing trainable takes part
-        return {n: torch.zeros_like(p) for n, p in zip(names, values, strict=True)}
-    found = torch.autograd.grad(loss, values, allow_unused=True)
-    return {
-        n: torch.zeros_like(p) if g is None else g
-        for n, p, g in zip(names, values, found, strict=True)
-    }
-
-
 @pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("rounds", [1, 2])
 @pytest.mark.parametrize("batch", [1, 3])
@@ -70,27 +56,11 @@ def test_one_pass_equals_two_passes(
 def check_against_two_passes(model: IPN, batch: int, rounds: int, images: int) -> None:
     asking = model.requester is not None
     prompts = batch_of(batch, rounds, images, asking)
-
-    with torch.no_grad():
-        logits, real = last_logits(model, prompts)
-        for row, prompt in enumerate(prompts):
-            mine = logits[row][real[row]]
-            expected = two_pass.logits(model, prompt)[-len(mine) :]
-            assert (mine - expected).abs().max() <= 1e-4 * expected.abs().max()
-
+    check_rows(model, prompts)
     taught = batch_of(batch, rounds, images, asking, answer="ab")
     loss, count = model(taught)
-    parts = [two_pass.loss(model, p) for p in taught]
-    assert count == sum(n for _, n in parts)
-    total = sum(value for value, _ in parts)
-    torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-5)
-    mine, expected = gradients(model, loss), gradients(model, total)
-    largest = max(g.abs().max() for g in expected.values())
-    for name, gradient in expected.items():
-        assert (mine[name] - gradient).abs().max() <= 1e-5 * largest, name
+    check_loss(model, taught, loss, count)
 
-    answers = model.generate(prompts, max_new_tokens=5)
-    assert [a.ids for a in answers] == [two_pass.greedy(model, p, 5) for p in prompts]
     options = {"num_beams": 3, "max_new_tokens": 5}
     answers = model.generate(prompts, **options)
     assert [a.ids for a in answers] == [two_pass.generate(model, p, **options)[0] for p in prompts]
@@ -126,20 +96,35 @@ def test_rows_of_one_question_share_its_prefix_and_equal_two_passes(registry: An
         torch.testing.assert_close(mine, two_pass.logits(model, prompt)[-len(mine) :])
 
 
-@contextmanager
-def seen_positions(model: IPN) -> Iterator[list[tuple[int, int]]]:
-    """Rows and tokens of every forward of the first layer."""
-    seen: list[tuple[int, int]] = []
+@pytest.mark.parametrize("strategy", ["tiny-look", "toy-both"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_rows_that_begin_alike_share_the_beginning_and_equal_two_passes(
+    registry: Any, family: str, strategy: str
+) -> None:
+    model = toy_model(registry, strategy, family, prompt={"system": "Answer me in one word. " * 3})
+    first = prompt_of(0, 2)
+    prompts = [first, prompt_of(1, 1), first, prompt_of(2, 0), prompt_of(2, 1)]
+    with seen_positions(model) as seen, torch.no_grad():
+        last_logits(model, prompts)
+    alone, head = seen[0]
+    assert alone == 1
+    assert head >= 16
+    # What follows the head is run for the distinct rows, or where pictures stand in it, for all.
+    assert seen[1][0] == (4 if strategy == "tiny-look" else 5)
+    assert seen[1][1] <= max(len(two_pass.whole(model, p).embeds) for p in prompts) - head
+    check_rows(model, prompts)
 
-    def note(_: Any, args: Any, kwargs: Any) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        seen.append(tuple(hidden.shape[:2]))
 
-    handle = model.backbone.layers[0].register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+def check_rows(model: IPN, prompts: list[Any]) -> None:
+    """Logits and greedy answers of every row against two passes over that row alone."""
+    with torch.no_grad():
+        logits, real = last_logits(model, prompts)
+        for row, prompt in enumerate(prompts):
+            mine = logits[row][real[row]]
+            expected = two_pass.logits(model, prompt)[-len(mine) :]
+            assert (mine - expected).abs().max() <= 1e-4 * expected.abs().max()
+    answers = model.generate(prompts, max_new_tokens=5)
+    assert [a.ids for a in answers] == [two_pass.greedy(model, p, 5) for p in prompts]
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -224,5 +209,8 @@ def test_a_message_of_the_wrong_shape_names_the_stage_and_both_shapes(registry: 
 def test_a_stage_that_fails_is_named_with_its_reason(registry: Any) -> None:
     model = toy_model(registry)
     model.interaction.forward = lambda *_: 1 / 0
-    with pytest.raises(PluginError, match=r"stage interact .*ZeroDivisionError: division by zero"):
+    reason = r"stage interact .*ZeroDivisionError: division by zero"
+    with pytest.raises(StageError, match=reason) as caught:
         model.ask(picture(), "What?")
+    # Nothing was wrong with what the user gave.
+    assert caught.value.exit_code == 1

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,13 +134,13 @@ def test_every_example_is_answered_as_on_its_own_whatever_the_batch(model: IPN) 
 
 def test_the_report_counts_by_type_and_in_all(model: IPN) -> None:
     examples = split()
-    said = evaluate(model, examples).predictions
+    said = evaluate(model, examples, max_new_tokens=8).predictions
     # The answers of the first three become right ones.
     graded = [
         Example(e.question, (f"  {p.text.upper()}. ",) if i < 3 else ("never",), e.images, e.type)
         for i, (e, p) in enumerate(zip(examples, said, strict=True))
     ]
-    report = evaluate(model, graded, task="t", split="s").to_json()
+    report = evaluate(model, graded, task="t", split="s", max_new_tokens=8).to_json()
     assert list(report) == ["task", "split", "n", "accuracy", "ci95", "by_type", "seconds"]
     assert (report["task"], report["split"], report["n"]) == ("t", "s", 15)
     assert report["ci95"] == list(wilson(round(report["accuracy"] * 15), 15))
@@ -314,3 +316,25 @@ def test_a_request_context_is_passed_to_the_requester_once(model: IPN) -> None:
     with model.observing(Spy()):
         evaluate(model, split(3, 1), batch_size=3)
     assert [len(c.samples) for c in calls] == [3]
+
+
+def test_an_answer_may_be_as_long_as_the_tasks_longest(
+    model: IPN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ipn_core.evaluation.evaluate as module
+
+    asked: list[int] = []
+    decode = module.decode
+
+    def noted(*args: Any, **more: Any) -> Any:
+        asked.append(args[3]["max_new_tokens"])
+        return decode(*args, **more)
+
+    monkeypatch.setattr(module, "decode", noted)
+    long = "a long answer of many more tokens than eight, word after word"
+    tokens = len(model.backbone.tokenizer(long, add_special_tokens=False)["input_ids"])
+    examples = split(questions=1, pictures=1)
+    evaluate(model, examples)
+    evaluate(model, [replace(e, answers=("yes", long)) for e in examples])
+    evaluate(model, examples, max_new_tokens=3)
+    assert asked == [8, tokens + 4, 3]

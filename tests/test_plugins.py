@@ -12,7 +12,7 @@ import torch
 from toys import picture, toy_model
 
 from ipn_core import plugins
-from ipn_core.errors import PluginError, UnknownNameError, UserError
+from ipn_core.errors import PluginError, StageError, UnknownNameError, UserError
 from ipn_core.hooks import hookimpl
 from ipn_core.plugins import KINDS, Registry, add_plugin, discover, get_registry
 from ipn_core.stages import Request
@@ -211,7 +211,7 @@ def test_an_error_inside_a_wrapper_is_a_plugin_error(registry: Any) -> None:
             raise RuntimeError("broken")
 
     model = toy_model(registry)
-    with model.observing(Broken()), pytest.raises(PluginError, match=r"inject .*broken"):
+    with model.observing(Broken()), pytest.raises(StageError, match=r"inject .*broken"):
         model.ask(picture(), "What?")
     assert model.ask(picture(), "What?", max_new_tokens=1).ids
 

@@ -60,7 +60,7 @@ def test_four_objectives_train_a_checkpoint_that_answers(llm: Path, tmp_path: Pa
         assert sum(losses[-8:]) < ratio * sum(losses[:8]), name
     (validated,) = [e for e in logged if "accuracy" in e]
     assert validated["stage"] == "answer"
-    assert set(validated["by_type"]) == {"colours/colour", "colours/side"}
+    assert set(validated["by_type"]) == {"colours/val/colour", "colours/val/side"}
 
     model = IPN.from_pretrained(target, registry=run.registry)
     answer = model.ask(two_colours(("red", "tan")), "Colour left?", max_new_tokens=2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import runpy
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -201,3 +203,16 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert cache_dir() == Path.home() / ".cache" / "ipn"
     monkeypatch.setenv("IPN_CACHE", "~/own")
     assert cache_dir() == Path.home() / "own"
+
+
+def test_the_tests_keep_out_what_the_developer_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept_out = {"IPN_PLUGINS": "none", "IPN_SMOLLM2": "/nowhere", "HF_HUB_OFFLINE": "0"}
+    for name, value in {**kept_out, "IPN_CACHE": "/some"}.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(str(Path(__file__).parent.parent / "conftest.py"))
+    assert {name: os.environ.get(name) for name in kept_out} == {
+        "IPN_PLUGINS": None,
+        "IPN_SMOLLM2": None,
+        "HF_HUB_OFFLINE": "1",
+    }
+    assert os.environ["IPN_CACHE"] == "/some"

@@ -10,6 +10,9 @@ from ipn_core.stages import Dims, Request, RequestContext, Requester
 
 __all__ = ["Constant", "HiddenState", "HiddenStateConfig", "Shuffled"]
 
+_SAME = 1e-4
+"""Requests that differ by less, relative to their length, come from the same question."""
+
 
 class HiddenStateConfig(Config):
     """Which layer's hidden state at `<img-q>` is the request.
@@ -67,11 +70,22 @@ class Constant(HiddenState):
 
 
 class Shuffled(HiddenState):
-    """Each sample gets the request of the next one in the batch.
+    """Each sample gets another's request: the next one in the batch that asks something else.
 
-    A batch of one has no other sample to borrow from, so its request stays its own.
+    Where the whole batch asks the same there is nothing to borrow, and the request stays. To
+    measure a trained model without its request use `ipn eval --shuffled`, whose partners come from
+    the whole split and not from the batch.
     """
 
     def forward(self, context: RequestContext) -> Request:
-        """Roll the requests (B, R, D) by one sample."""
-        return Request(context.hidden.roll(1, dims=0), context.round, context.layer)
+        """Give each sample the first different request (R, D) that follows it."""
+        hidden = context.hidden
+        batch = len(hidden)
+        flat = hidden.detach().float().flatten(1)
+        apart = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
+        other = apart > _SAME * flat.norm(dim=-1, keepdim=True)
+        steps = (torch.arange(batch) + torch.arange(batch)[:, None]) % batch
+        rolled = other.gather(1, steps.to(other.device))
+        first = rolled.float().argmax(1).cpu()
+        chosen = (torch.arange(batch) + first) % batch
+        return Request(hidden[chosen.to(hidden.device)], context.round, context.layer)

@@ -86,8 +86,7 @@ def main(args: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        if text:
-            print(f"ipn: {text}", file=sys.stderr)
+        print(f"ipn: {text}", file=sys.stderr)
         return code
     finally:
         DEBUGGING.reset(token)
@@ -116,8 +115,8 @@ def _explain(error: Exception) -> tuple[int, str]:
 
 def _usage(error: Any) -> str:
     said = str(error.format_message()).strip()
-    if not said:
-        return ""  # typer has printed the help already
+    if not said:  # typer has printed the help already
+        return "no command given: name one, such as 'ipn ask IMAGE QUESTION'. See 'ipn --help'."
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "ipn"
     return f"{said if said.endswith(('.', ')', '?')) else said + '.'} See '{path} --help'."

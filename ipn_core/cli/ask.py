@@ -48,11 +48,12 @@ def ask(
             draw_heatmap(
                 answer, [picture], question, heatmap, model=model, interact=loaded.strategy
             )
-            note(f"where it looked: {heatmap}")
     if json:
         print_json(_report(answer, loaded))
     else:
-        print(answer.text)
+        print(answer.text, flush=True)
+    if heatmap is not None:
+        note(f"where it looked: {heatmap}")
 
 
 def _report(answer: Answer, model: IPN) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipn_core.cli.terminal import Bar, note
@@ -11,7 +13,7 @@ from ipn_core.errors import UserError
 if TYPE_CHECKING:
     from ipn_core.model import IPN
 
-__all__ = ["check_png", "check_question", "load_model", "pull"]
+__all__ = ["check_folder", "check_png", "check_question", "load_model", "pull"]
 
 
 def check_question(question: str) -> None:
@@ -36,6 +38,8 @@ def check_png(path: str, *inputs: str) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     if not path.lower().endswith(".png"):
         why = "does not end in .png. A heatmap is written as PNG"
+    elif _too_long(path):
+        why = "is longer than a file's name can be. Choose a shorter one"
     elif os.path.isdir(path):
         why = "is a folder. Give the name of a PNG file in it"
     elif not os.path.isdir(folder):
@@ -47,6 +51,33 @@ def check_png(path: str, *inputs: str) -> None:
     else:
         return
     raise UserError(f"--heatmap '{path}' {why}.")
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Refuse a folder that cannot be made or written into, before anything is loaded.
+
+    Raises:
+        UserError: it or a part of its path is a file, is read-only, or has too long a name.
+    """
+    there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if _too_long(path):
+        why = "is longer than a folder's name can be. Choose a shorter one"
+    elif not os.path.isdir(there):
+        why = "is a file" if there == path else f"cannot be made: '{there}' is a file"
+        why += ". Name a folder, which is made if it is not there"
+    elif not os.access(there, os.W_OK):
+        why = f"may not be written: '{there}' is read-only. Choose another place"
+    else:
+        return
+    raise UserError(f"{option} '{path}' {why}.")
+
+
+def _too_long(path: str | Path) -> bool:
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    return False
 
 
 def pull(name: str) -> None:

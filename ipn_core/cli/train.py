@@ -27,8 +27,11 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a model's stages; the rest stays frozen. Prints the folder of the checkpoint."""
+    from ipn_core.cli.loading import check_folder
     from ipn_core.cli.terminal import quiet
 
+    if out is not None:
+        check_folder("--out", out)
     with quiet():
         from ipn_core.training.run import train as run
 

@@ -24,6 +24,7 @@ from ipn_core.evaluation.shuffled import (
 from ipn_core.generate import decode
 from ipn_core.generation import repeats_of
 from ipn_core.prompt import Prompt
+from ipn_core.stages import Connector
 
 if TYPE_CHECKING:
     from ipn_core.model import IPN
@@ -34,7 +35,9 @@ __all__ = ["Prediction", "Report", "evaluate"]
 
 BATCH_SIZE = 16
 MAX_NEW_TOKENS = 8
-"""Answers of the tasks are single words."""
+"""Of an answer, unless the task's own are longer."""
+ROOM = 4
+"""Tokens that an answer may have beyond the task's longest one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +137,9 @@ def evaluate(
 ) -> Report:
     """Answer every example and score the answers.
 
-    Each picture is perceived once, and examples are batched by question: the engine runs equal
-    questions of a batch once where no picture stands before them.
+    Each picture is perceived once, and what comes first in the prompt decides how examples are
+    batched: the engine runs equal questions of a batch once where no picture stands before them,
+    and otherwise what questions about the same picture share.
 
     Args:
         model: the model.
@@ -148,7 +152,8 @@ def evaluate(
             another picture.
         pool: the examples that partners are drawn from, by default `examples`.
         progress: called with the number of answers and of examples after every batch.
-        generate: transformers' generation options; greedy and 8 tokens by default.
+        generate: transformers' generation options; by default greedy, and as many tokens as the
+            longest accepted answer needs, at least 8.
 
     Raises:
         UserError: there are no examples, a picture cannot be read, the model makes no requests
@@ -167,7 +172,8 @@ def evaluate(
             f"strategy '{model.strategy}' of model '{model.name}' makes no requests, so there are "
             "none to shuffle. Evaluate it without --shuffled."
         )
-    run = _Run(model, examples, batch_size, {"max_new_tokens": MAX_NEW_TOKENS, **generate})
+    options = {"max_new_tokens": _tokens_needed(model, examples), **generate}
+    run = _Run(model, examples, batch_size, options)
     if shuffled:
         run.partners = draw_partners(examples, pool or examples, seed)
     start = time.perf_counter()
@@ -178,6 +184,12 @@ def evaluate(
         for example, text, partner in zip(examples, texts, run.partners, strict=True)
     )
     return _report(task, split, predictions, seconds, shuffled, run.pictures.perceived)
+
+
+def _tokens_needed(model: IPN, examples: Sequence[Example]) -> int:
+    answers = list({answer for example in examples for answer in example.answers})
+    ids = model.backbone.tokenizer(answers, add_special_tokens=False)["input_ids"]
+    return max(MAX_NEW_TOKENS, max(map(len, ids), default=0) + ROOM)
 
 
 def _report(
@@ -259,10 +271,11 @@ class _Run:
         return self.model.planner.plan(Prompt.ask(example.question, example.images, order=order))
 
     def _batches(self, indices: Sequence[int], examples: Sequence[Example]) -> Iterator[list[int]]:
-        """Yield batches of indices: windows whose pictures fit into memory, by question inside."""
+        """Yield batches of indices: windows whose pictures fit into memory, sorted inside."""
         for window in self._windows(indices, examples):
             self.pictures.keep({p.name for i in window for p in examples[i].images})
-            window.sort(key=lambda i: (len(examples[i].question), examples[i].question, i))
+            if not isinstance(self.model.perceiver, Connector):
+                window.sort(key=lambda i: (len(examples[i].question), examples[i].question, i))
             for start in range(0, len(window), self.batch_size):
                 yield window[start : start + self.batch_size]
 

@@ -44,12 +44,10 @@ class PictureCache:
     @torch.no_grad()
     def features(self, examples: Sequence[Example]) -> VisualFeatures:
         """Return the features of the pictures of a batch, one sample an example."""
-        wanted = [picture for example in examples for picture in example.images]
-        samples = [row for row, example in enumerate(examples) for _ in example.images]
-        self._load(list({picture.name: picture for picture in wanted}.values()))
-        found = [self._held[picture.name] for picture in wanted]
-        summaries = [e.global_token for e in found if e.global_token is not None]
-        empty = self.model.slots.request.new_zeros(0, self.model.encoder.width)
+        distinct = {picture.name: picture for example in examples for picture in example.images}
+        self._load(list(distinct.values()))
+        index = {name: i for i, name in enumerate(distinct)}
+        found = [self._held[name] for name in distinct]
 
         def look(boxes: Sequence[Box]) -> VisualFeatures:
             # Crops come from the pictures themselves, which are opened again only for this.
@@ -57,14 +55,15 @@ class PictureCache:
             context = PerceiveContext(images, [e.question for e in examples])
             return self.model.encoder(context).features.look(boxes)  # type: ignore[no-any-return]
 
-        return VisualFeatures.pack(
-            [e.values for e in found] or [empty],
+        shared = VisualFeatures.share(
+            [e.values for e in found],
             [e.grid for e in found],
-            samples,
-            len(examples),
-            torch.stack(summaries) if summaries and len(summaries) == len(found) else None,
+            [[index[picture.name] for picture in example.images] for example in examples],
+            self.model.encoder.width,
+            [e.global_token for e in found],
             look,
         )
+        return shared.to(self.model.backbone.device)
 
     @torch.no_grad()
     def _load(self, pictures: Sequence[Picture]) -> None:

@@ -45,6 +45,11 @@ class TinyLook(Interaction):
         """It keeps its map."""
         return True
 
+    @property
+    def objectives(self) -> frozenset[str]:
+        """Its message may stand for an answer where the LLM is as narrow."""
+        return frozenset({"answer-embedding", "verbalise"})
+
     def forward(self, request: Request, features: VisualFeatures) -> VisualMessage:
         """Look at the patches of (B, P, Dv) with the mean of the request (B, R, D)."""
         patches, mask = features.padded()

@@ -1,43 +1,96 @@
-"""What is checked before the first step, after every step, and at the end."""
+"""What is checked: at the very start, before a stage's first step, after each step, at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ipn_core.errors import ConfigError, TrainingError
+from ipn_core.training.data import Data, Sampler
+from ipn_core.training.objectives import build_objectives
 
 if TYPE_CHECKING:
     from ipn_core.model import IPN
+    from ipn_core.plugins import Registry
+    from ipn_core.training.config import StageConfig
 
-__all__ = ["FrozenBackbone", "check_gradients", "choose", "first_bad"]
+__all__ = [
+    "FrozenBackbone",
+    "check_gradients",
+    "check_stages",
+    "choose",
+    "finite_gradients",
+    "first_bad",
+    "trainable",
+]
 
 _PARTS = {"request": "requester", "interact": "interaction", "inject": "injector"}
 _TEXT = "The quick brown fox jumps over the lazy dog. 0123456789"
 
 
+def check_stages(
+    stages: Iterable[StageConfig], model: IPN, data: Sequence[Data], registry: Registry, seed: int
+) -> None:
+    """Check what all stages ask of a model and its data; nothing is changed.
+
+    Args:
+        stages: those that will run.
+        model: as built.
+        data: opened, its pictures not encoded.
+        registry: where objectives are looked up.
+        seed: of the training.
+
+    Raises:
+        ConfigError: names every stage that cannot run, and what to change.
+    """
+    faults = []
+    # An objective may draw numbers when it is built; what comes later must not depend on that.
+    with torch.random.fork_rng():
+        for stage in stages:
+            try:
+                trainable(model, stage.train)
+                Sampler(data, stage, seed)
+                build_objectives(stage, model, data, registry)
+            except ConfigError as error:
+                faults.append(f"stage '{stage.name}': {error}")
+    if faults:
+        raise ConfigError(" ".join(faults))
+
+
 def choose(model: IPN, prefixes: Iterable[str]) -> dict[str, nn.Parameter]:
     """Make exactly the named parameters of a model trainable, and return them by name.
+
+    Raises:
+        ConfigError: see `trainable`.
+    """
+    chosen = trainable(model, prefixes)
+    model.requires_grad_(False)
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+    return chosen
+
+
+def trainable(model: IPN, prefixes: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Return the named parameters of a model by their full names.
 
     Args:
         model: whose stages and slots.
         prefixes: starts of names as configs write them: stages by their hook.
 
     Raises:
-        ConfigError: a prefix names nothing, or the backbone.
+        ConfigError: a prefix names nothing that the model uses, or the backbone.
     """
-    prefixes = list(prefixes)
-    model.requires_grad_(False)
+    unused = _unused_slots(model)
     chosen: dict[str, nn.Parameter] = {}
     for prefix in prefixes:
         inner = _inner(prefix)
         found = {
             name: p
             for name, p in model.named_parameters()
-            if name == inner or name.startswith(inner + ".")
+            if (name == inner or name.startswith(inner + ".")) and name not in unused
         }
         if prefix.startswith("perceive"):
             # The vision encoder stays frozen; what connects it is trained.
@@ -50,9 +103,13 @@ def choose(model: IPN, prefixes: Iterable[str]) -> dict[str, nn.Parameter]:
                 f"one of {', '.join(stages)}."
             )
         chosen |= found
-    for parameter in chosen.values():
-        parameter.requires_grad_(True)
     return chosen
+
+
+def _unused_slots(model: IPN) -> set[str]:
+    """Name the slots that no prompt of this model holds."""
+    asking = {"slots.request", "slots.dynamic"} if model.requester is None else set()
+    return asking | ({"slots.image"} if model.perceiver.static_tokens == 0 else set())
 
 
 def _inner(prefix: str) -> str:
@@ -84,6 +141,11 @@ def check_gradients(model: IPN, trained: dict[str, nn.Parameter]) -> None:
             "before the first step: " + "; ".join(shown) + ". Choose other objectives, or name in "
             "'train' only what they reach."
         )
+
+
+def finite_gradients(trained: dict[str, nn.Parameter]) -> bool:
+    """Whether no gradient holds an infinity or NaN."""
+    return all(bool(torch.isfinite(p.grad).all()) for p in trained.values() if p.grad is not None)
 
 
 def first_bad(trained: dict[str, nn.Parameter], losses: dict[str, Tensor]) -> str | None:

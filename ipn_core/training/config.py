@@ -38,8 +38,7 @@ class StageConfig(Config):
         train: which parameters, by the start of their name (`interact`, `interact.guide`,
             `inject`, `perceive`, `request`, `slots.request`, `slots.dynamic`, `slots.image`).
         steps: optimizer steps.
-        group_by: whether the questions of a group share their picture or their words; by words,
-            every wording comes equally often, however many examples it has.
+        group_by: whether the questions of a group share their picture or their words.
         groups: groups a batch.
         per_group: examples a group, at most.
         accumulate: batches a step.

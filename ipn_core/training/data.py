@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,10 +57,11 @@ class Data:
         split = config.split
         if split is None:
             split = "train" if "train" in task.splits else task.default_split
-        if training and split.startswith("test"):
+        if training and split in task.test_splits:
+            others = [name for name in task.splits if name not in task.test_splits]
             raise ConfigError(
                 f"'{config.task}' split '{split}' is a test split: it is for 'ipn eval', not to "
-                "train on or to choose by."
+                f"train on or to choose by. Use {' or '.join(others) or 'another task'}."
             )
         self.name = config.task
         self.split = split
@@ -113,8 +115,8 @@ def make_batch(
 class Sampler:
     """Batches of a stage: the one of a step depends only on seed, stage and step.
 
-    Every source's groups come in a new order each epoch; within a group, examples are drawn anew
-    whenever there are more than fit.
+    An epoch shows every example of a source once. A group of more examples than fit is cut into
+    several, at random and anew each epoch.
     """
 
     def __init__(self, sources: Sequence[Data], stage: StageConfig, seed: int) -> None:
@@ -127,18 +129,32 @@ class Sampler:
         """Return the examples of one batch, counted over the whole stage."""
         chosen: list[tuple[Data, int]] = []
         for number, (data, count) in enumerate(zip(self.sources, self.shares, strict=True)):
-            groups = data.by_picture if self.stage.group_by == "picture" else data.by_question
+            cuts = self._cuts[number]
             for at in range(batch * count, (batch + 1) * count):
-                epoch, place = divmod(at, len(groups))
-                group = groups[self._order(number, epoch, len(groups))[place]]
-                chosen += [(data, i) for i in self._some(group, number, at)]
+                epoch, place = divmod(at, len(cuts))
+                group, part = cuts[self._order(number, epoch, len(cuts))[place]]
+                chosen += [(data, i) for i in self._some(group, part, number, epoch)]
         return chosen
 
-    def _some(self, group: list[int], number: int, at: int) -> list[int]:
-        if len(group) <= self.stage.per_group:
+    @cached_property
+    def _cuts(self) -> list[list[tuple[list[int], int]]]:
+        """For each source, what an epoch shows: groups, and which part of each."""
+        by_picture = self.stage.group_by == "picture"
+        return [
+            [
+                (group, part)
+                for group in (data.by_picture if by_picture else data.by_question)
+                for part in range(math.ceil(len(group) / self.stage.per_group))
+            ]
+            for data in self.sources
+        ]
+
+    def _some(self, group: list[int], part: int, number: int, epoch: int) -> list[int]:
+        size = self.stage.per_group
+        if len(group) <= size:
             return group
-        rng = random.Random(f"{self.seed}/{self.stage.name}/{number}/{at}")
-        return rng.sample(group, self.stage.per_group)
+        rng = random.Random(f"{self.seed}/{self.stage.name}/{number}/{epoch}/{group[0]}")
+        return rng.sample(group, len(group))[part * size : (part + 1) * size]
 
     def _order(self, number: int, epoch: int, count: int) -> list[int]:
         key = (number, epoch)

@@ -101,31 +101,16 @@ class FeatureCache:
         Returns:
             float32 features on the CPU; samples with the same picture share its patches.
         """
-        distinct: dict[tuple[str, int], int] = {}
-        for row in keys:
-            for place, key in enumerate(row):
-                distinct.setdefault((key, place), len(distinct))
-        entries = [self._index[key] for key, _ in distinct]
+        distinct = list(dict.fromkeys(key for row in keys for key in row))
+        index = {key: i for i, key in enumerate(distinct)}
+        entries = [self._index[key] for key in distinct]
         loaded = [self._load(entry) for entry in entries]
-        width = self.encoder.width
-        packed = VisualFeatures.pack(
-            [patches for patches, _ in loaded] or [torch.zeros(0, width)],
+        return VisualFeatures.share(
+            [patches for patches, _ in loaded],
             [(e.h, e.w) for e in entries],
-            [0] * len(entries),
-            1,
-        )
-        spans = [
-            (row, distinct[key, place], place)
-            for row, names in enumerate(keys)
-            for place, key in enumerate(names)
-        ]
-        summaries = [token for _, token in loaded if token is not None]
-        whole = bool(summaries) and len(summaries) == len(loaded)
-        return VisualFeatures(
-            packed.values,
-            tuple(packed.images[i].moved(row, place) for row, i, place in spans),
-            len(keys),
-            torch.stack([summaries[i] for _, i, _ in spans]) if whole else None,
+            [[index[key] for key in row] for row in keys],
+            self.encoder.width,
+            [token for _, token in loaded],
         )
 
     def _load(self, entry: _Entry) -> tuple[Tensor, Tensor | None]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ipn_core.errors import TrainingError
-from ipn_core.training.checks import check_gradients, choose, first_bad
+from ipn_core.training.checks import check_gradients, choose, finite_gradients, first_bad
 from ipn_core.training.data import Batch, Data, Sampler, make_batch
-from ipn_core.training.objectives import Objective, request_of
+from ipn_core.training.objectives import Objective, build_objectives, request_of
 from ipn_core.training.requests import RequestCache, requests_are_constant
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["StageRun", "learning_rate"]
 
 _VALIDATION_BATCH = 256
+_FIT_SAMPLE = 4096
+"""Requests that new weights are fitted to, at most."""
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:
@@ -84,10 +86,7 @@ class StageRun:
         self.seed = seed
         self.step = 0
         self.trained = choose(model, stage.train)
-        objectives = [
-            (registry.get("objective", name).load()(model, data), weight)
-            for name, weight in stage.objectives.items()
-        ]
+        objectives = build_objectives(stage, model, data, registry)
         self.requests: RequestCache | None = None
         constant = requests_are_constant(model)
         if constant and any(not o.through_llm for o, _ in objectives):
@@ -112,6 +111,13 @@ class StageRun:
     def done(self) -> bool:
         """Whether all steps are done."""
         return self.step >= self.stage.steps
+
+    @property
+    def judge(self) -> Objective | None:
+        """The first objective that can tell whether an example came out right."""
+        return next(
+            (o for o, _ in self.objectives if type(o).correct is not Objective.correct), None
+        )
 
     def read_requests(
         self, data: Sequence[Data], report: Callable[[int, int], None] | None = None
@@ -140,32 +146,73 @@ class StageRun:
         batch = self._to_device(make_batch(distinct, self.cache, self.requests))
         if self.requests is not None:
             hidden = self.requests.all()
+            hidden = hidden[:: math.ceil(len(hidden) / _FIT_SAMPLE)]
         else:
             with torch.no_grad():
                 hidden = request_of(self.model, batch).values
-        interaction.fit(hidden.flatten(0, 1), batch.features.values)
+        interaction.fit(hidden, batch.features.values)
 
     def check(self) -> str:
-        """Check labels and gradients on the first batch; returns what trains, in words."""
+        """Check labels and gradients on the first batch; returns what trains, in words.
+
+        Raises:
+            TrainingError: an objective finds no label, something is not finite, or a tensor gets
+                no gradient; the text names it.
+        """
         with torch.random.fork_rng():
-            self._seed()
-            total, parts = self._losses(self._batch(0))
-            bad = first_bad(self.trained, parts)
-            if bad:
-                raise TrainingError(f"before the first step: {bad} is not finite.")
-            if not total.requires_grad:
-                raise TrainingError(
-                    f"stage '{self.stage.name}': no label is left to learn from, or its "
-                    "objectives reach nothing that 'train' names."
-                )
-            self.accelerator.backward(total)
+            batch = self._batch(0)
+            offered = self._offered(batch)
+            self._backward(batch)
             check_gradients(self.model, self.trained)
         self.optimizer.zero_grad(set_to_none=True)
         count = sum(p.numel() for p in self.trained.values())
         return (
             f"{self.stage.name}: {count:,} weights in {len(self.trained)} tensors train "
-            f"({', '.join(self.stage.train)}); all get a finite gradient"
+            f"({', '.join(self.stage.train)}); {offered} in the first batch; every tensor gets a "
+            "finite non-zero gradient"
         )
+
+    def _offered(self, batch: Batch) -> str:
+        """Say how much there is to learn from, after checking that every objective has some."""
+        with self.accelerator.autocast():
+            counts = {o: o.labels(batch) for o, _ in self.objectives}
+        for objective, count in counts.items():
+            if not count:
+                raise TrainingError(
+                    f"stage '{self.stage.name}': no label is left to learn from for the objective "
+                    f"'{objective.name}': the first batch has {len(batch.examples)} examples and 0 "
+                    f"{objective.unit}. Check what the examples ask and answer, make batches "
+                    "larger ('groups', 'per_group'), or take the objective out of the stage."
+                )
+        return " and ".join(f"{n:,} {o.unit} ({o.name})" for o, n in counts.items())
+
+    def _backward(self, batch: Batch) -> None:
+        """Fill the gradients of a batch, at the largest scale of the loss that fp16 can hold.
+
+        The loss scaler answers gradients that overflow with a smaller scale, until they fit, and so
+        does this; the scaler itself is left as it is.
+        """
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        while True:
+            self._seed()
+            total, parts = self._losses(batch)
+            bad = first_bad(self.trained, parts)
+            if bad:
+                raise TrainingError(f"before the first step: {bad} is not finite.")
+            if not total.requires_grad:
+                raise TrainingError(
+                    f"stage '{self.stage.name}': its objectives ({', '.join(parts)}) reach nothing "
+                    f"that 'train' names ({', '.join(self.stage.train)}). Change one of them."
+                )
+            if scaler is None:
+                self.accelerator.backward(total)
+                return
+            (total * scale).backward()
+            if scale <= 1 or finite_gradients(self.trained):
+                return
+            self.optimizer.zero_grad(set_to_none=True)
+            scale *= scaler.get_backoff_factor()
 
     def advance(self) -> dict[str, float]:
         """Do one optimizer step; returns its losses, gradient norm and rates.
@@ -212,9 +259,7 @@ class StageRun:
     @torch.no_grad()
     def validate(self, data: Sequence[Data]) -> dict[str, Any] | None:
         """Return accuracy, overall and by type, from the first objective that can tell."""
-        judge = next(
-            (o for o, _ in self.objectives if type(o).correct is not Objective.correct), None
-        )
+        judge = self.judge
         if judge is None or not data:
             return None
         self.model.eval()
@@ -226,7 +271,7 @@ class StageRun:
                 batch = self._to_device(batch)
                 correct = judge.correct(batch, request_of(self.model, batch)) or []
                 for example, right in zip(batch.examples, correct, strict=True):
-                    found.setdefault(f"{one.name}/{example.type}", []).append(right)
+                    found.setdefault(f"{one.name}/{one.split}/{example.type}", []).append(right)
         every = [right for rights in found.values() for right in rights]
         return {
             "accuracy": sum(every) / len(every),

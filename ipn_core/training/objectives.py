@@ -27,9 +27,19 @@ from ipn_core.training.data import Batch, Data
 
 if TYPE_CHECKING:
     from ipn_core.model import IPN
+    from ipn_core.plugins import Registry
     from ipn_core.stages import Request
+    from ipn_core.training.config import StageConfig
 
-__all__ = ["AnswerEmbedding", "Language", "Objective", "RequestImage", "Verbalise"]
+__all__ = [
+    "AnswerEmbedding",
+    "Language",
+    "Objective",
+    "RequestImage",
+    "Verbalise",
+    "build_objectives",
+    "request_of",
+]
 
 
 class Objective(ABC):
@@ -38,10 +48,12 @@ class Objective(ABC):
     Attributes:
         name: what configs call it.
         through_llm: whether it runs the LLM itself, and so makes its own requests.
+        unit: what `labels` counts, in the plural.
     """
 
     name: str
     through_llm = False
+    unit = "examples"
 
     def __init__(self, model: IPN, data: Sequence[Data]) -> None:
         """Check that the model and the data can serve this objective.
@@ -61,6 +73,10 @@ class Objective(ABC):
             request: of the batch, where the model asks.
         """
 
+    def labels(self, batch: Batch) -> int:
+        """Count what a batch offers to learn from, in `unit`; none in the first one is refused."""
+        return len(batch.examples)
+
     def correct(self, batch: Batch, request: Request | None) -> list[bool] | None:
         """Say which examples come out right, where that is known without the LLM."""
         return None
@@ -78,6 +94,7 @@ class RequestImage(Objective):
     """
 
     name = "request-image"
+    unit = "pairs of question and picture"
     offset = 10.0
     """Where a score means even chances: between no similar patch (log P) and one (16)."""
 
@@ -94,12 +111,10 @@ class RequestImage(Objective):
         """Score each request that names something against each picture of the batch."""
         assert request is not None
         assert self.model.interaction is not None
-        rows = [i for i, e in enumerate(batch.examples) if e.names]
-        seen = {tuple(p.name for p in batch.examples[i].images): i for i in rows}
+        rows, pictures = self._pairs(batch)
         if not rows:
             text, patches = self.model.interaction.shared_space(request, batch.features)
             return (text.sum() + patches.sum()) * 0.0
-        pictures = list(seen.values())
         asking = replace(request, values=request.values[rows])
         features = batch.features.select(pictures)
         text, patches = self.model.interaction.shared_space(asking, features)
@@ -114,6 +129,18 @@ class RequestImage(Objective):
         weight = torch.where(targets > 0, 0.5 / targets.mean(), 0.5 / (1 - targets.mean()))
         weight = weight.nan_to_num(0.5, 0.5, 0.5).clamp(max=50)
         return F.binary_cross_entropy_with_logits(scores, targets, weight)
+
+    def labels(self, batch: Batch) -> int:
+        """Count the pairs that are scored."""
+        rows, pictures = self._pairs(batch)
+        return len(rows) * len(pictures)
+
+    @staticmethod
+    def _pairs(batch: Batch) -> tuple[list[int], list[int]]:
+        """Return the examples that name something, and one of them for each picture."""
+        rows = [i for i, e in enumerate(batch.examples) if e.names]
+        seen = {tuple(p.name for p in batch.examples[i].images): i for i in rows}
+        return rows, list(seen.values())
 
 
 class _TowardsAnswers(Objective):
@@ -130,6 +157,7 @@ class AnswerEmbedding(_TowardsAnswers):
     """Cross-entropy over all answers: each message token points at its answer's input embedding."""
 
     name = "answer-embedding"
+    unit = "answers"
     sharpness = 20.0
     """What cosines are multiplied with; a temperature of 1/20."""
 
@@ -140,6 +168,10 @@ class AnswerEmbedding(_TowardsAnswers):
         return F.cross_entropy(
             logits.flatten(0, 1), targets.repeat_interleave(logits.shape[1]), label_smoothing=0.02
         )
+
+    def labels(self, batch: Batch) -> int:
+        """Count the examples whose answer has an embedding."""
+        return int((self.answers.index(batch) >= 0).sum())
 
     def correct(self, batch: Batch, request: Request | None) -> list[bool]:
         """Compare the answer that the tokens point at together with the right one."""
@@ -164,11 +196,16 @@ class Verbalise(_TowardsAnswers):
 
     name = "verbalise"
     through_llm = True
+    unit = "label tokens"
 
     def loss(self, batch: Batch, request: Request | None) -> Tensor:
         """Put the answers' embeddings where the interaction's message would stand."""
         with self.model.observing(_Instead(self._message(batch))):
             return _language(self.model, batch)
+
+    def labels(self, batch: Batch) -> int:
+        """Count the tokens that the LLM's loss is over."""
+        return _label_tokens(self.model, batch)
 
     def _message(self, batch: Batch) -> Tensor:
         directions = self.answers.directions
@@ -187,10 +224,30 @@ class Language(Objective):
 
     name = "language"
     through_llm = True
+    unit = "label tokens"
 
     def loss(self, batch: Batch, request: Request | None) -> Tensor:
         """Run the model as it will be used."""
         return _language(self.model, batch)
+
+    def labels(self, batch: Batch) -> int:
+        """Count the tokens that the LLM's loss is over."""
+        return _label_tokens(self.model, batch)
+
+
+def build_objectives(
+    stage: StageConfig, model: IPN, data: Sequence[Data], registry: Registry
+) -> list[tuple[Objective, float]]:
+    """Build the objectives of a stage, each with its weight.
+
+    Raises:
+        ConfigError: the model or the data cannot serve one.
+        UnknownNameError: there is no such objective.
+    """
+    return [
+        (registry.get("objective", name).load()(model, data), weight)
+        for name, weight in stage.objectives.items()
+    ]
 
 
 class _Answers:
@@ -238,6 +295,14 @@ def _language(model: IPN, batch: Batch) -> Tensor:
     return mean
 
 
+@torch.no_grad()
+def _label_tokens(model: IPN, batch: Batch) -> int:
+    """Return the number that the loss itself is divided by."""
+    _, count = model(batch.prompts(model), batch.features)
+    tokens: int = count
+    return tokens
+
+
 def _ids(model: IPN, text: str) -> list[int]:
     ids: list[int] = model.backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
@@ -249,10 +314,11 @@ def _asks(objective: Objective) -> None:
         raise objective.refuse(
             f"needs a strategy that asks; '{model.strategy}' does not. Use 'language'."
         )
-    if objective.name not in model.interaction.objectives and objective.name != "verbalise":
+    if objective.name not in model.interaction.objectives:
         declared = ", ".join(sorted(model.interaction.objectives)) or "none"
         raise objective.refuse(
-            f"is not among those that {model.label('interact')} declares ({declared})."
+            f"is not among those that the interaction of {model.label('interact')} declares "
+            f"({declared}). Use 'language', or add it to the interaction's 'objectives'."
         )
 
 

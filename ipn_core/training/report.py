@@ -1,9 +1,10 @@
-"""What a training says while it runs: a bar on stderr, lines in `metrics.jsonl`, a plot."""
+"""What a training says while it runs: a bar or lines on stderr, `metrics.jsonl`, a plot."""
 
 from __future__ import annotations
 
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
+from ipn_core.cli.terminal import NOTE_EVERY_S
 from ipn_core.files import atomic_write
 
-__all__ = ["Metrics", "bar", "plot"]
+__all__ = ["Metrics", "Moving", "bar", "plot"]
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
@@ -50,18 +54,70 @@ class Metrics:
 
 
 def bar(console: Console) -> Progress:
-    """Return a progress bar with rate, time and time left."""
+    """Return a progress bar with rate, time and time left; off a terminal, lines that say so.
+
+    Each task has a field `note`: what to say next to how far it is.
+    """
+    if not (console.is_interactive and console.file.isatty()):
+        return _Lines(console)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        transient=not console.is_terminal,
     )
+
+
+class _Lines(Progress):
+    """Progress for a log: draws nothing, and prints a line now and then and one at the end."""
+
+    def __init__(self, console: Console) -> None:
+        # The window is long because a rate needs two steps in it, and steps may be slow.
+        super().__init__(console=console, disable=True, speed_estimate_period=600)
+        self._said = self.get_time()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """Note how far a task is; print that if it is due."""
+        task = self._tasks[task_id]
+        before = task.completed
+        super().update(task_id, **changes)
+        ended = task.finished and task.completed != before
+        if ended or self.get_time() - self._said >= NOTE_EVERY_S:
+            self._said = self.get_time()
+            self.console.print(_line(task), markup=False, highlight=False, soft_wrap=True)
+
+
+def _line(task: Task) -> str:
+    """Return such as "align: 120 of 1,000 (2.1 a second, 0:06:59 left), loss 0.693"."""
+    total = "" if task.total is None else f" of {task.total:,.0f}"
+    facts = [] if task.speed is None else [f"{task.speed:.3g} a second"]
+    if task.finished_time is not None:
+        facts.append(f"took {_clock(task.finished_time)}")
+    elif task.time_remaining is not None:
+        facts.append(f"{_clock(task.time_remaining)} left")
+    aside = f" ({', '.join(facts)})" if facts else ""
+    note = f", {task.fields['note']}" if task.fields["note"] else ""
+    return f"{task.description}: {task.completed:,.0f}{total}{aside}{note}"
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+class Moving:
+    """Moves one task of a progress bar: a callback of how many are done, and of how many."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self.progress = progress
+        self.task = task
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        """Move it."""
+        self.progress.update(self.task, completed=done, total=total)
 
 
 def plot(metrics: Metrics) -> Path | None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TaskID
 
 from ipn_core.checkpoint import load_state as load_weights
 from ipn_core.checkpoint import read_weights, save, strategies_of
@@ -21,12 +20,12 @@ from ipn_core.errors import ConfigError
 from ipn_core.files import atomic_write
 from ipn_core.locate import locate_model
 from ipn_core.plugins import Registry, get_registry
-from ipn_core.training.checks import FrozenBackbone
+from ipn_core.training.checks import FrozenBackbone, check_stages
 from ipn_core.training.config import DataConfig, TrainConfig
 from ipn_core.training.data import Data
 from ipn_core.training.features import FeatureCache
 from ipn_core.training.loop import StageRun
-from ipn_core.training.report import Metrics, bar, plot
+from ipn_core.training.report import Metrics, Moving, bar, plot
 from ipn_core.training.requests import backbone_digest
 from ipn_core.training.state import Position, load_state, peek, save_state
 
@@ -113,6 +112,8 @@ class Training:
                 self.registry.get("objective", name)
 
     def _position(self, resume: bool) -> Position:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"'{self.folder}' is no folder. Choose another one with --out.")
         found = peek(self.folder) if self.folder.is_dir() else None
         if found is None:
             if resume:
@@ -141,8 +142,11 @@ class Training:
         model = self._build().to(accelerator.device)
         if (self.position.stage, self.position.step) > (0, 0):
             load_state(self.folder, model, None, {})
+        data, validation = self._open(self.config.data), self._open(self.config.validate_on)
+        left = self.config.stages[self.position.stage :]
+        check_stages(left, model, data, self.registry, self.config.seed)
         frozen = FrozenBackbone(model)
-        data, validation = self._data(accelerator, model)
+        self._encode([*data, *validation], accelerator, model)
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n"
         atomic_write(self.folder / CONFIG, text.encode())
@@ -197,21 +201,18 @@ class Training:
             load_weights(model, read_weights(weights), str(weights))
         return model
 
-    def _data(self, accelerator: Accelerator, model: IPN) -> tuple[list[Data], list[Data]]:
-        def opened(entries: Sequence[DataConfig]) -> list[Data]:
-            return [Data(entry, self.registry, training=True) for entry in entries]
+    def _open(self, entries: Sequence[DataConfig]) -> list[Data]:
+        return [Data(entry, self.registry, training=True) for entry in entries]
 
-        data, validation = opened(self.config.data), opened(self.config.validate_on)
+    def _encode(self, data: Sequence[Data], accelerator: Accelerator, model: IPN) -> None:
         self.cache = FeatureCache(model.encoder)
         with bar(self.console) as progress:
-            for one in (*data, *validation):
-                pictures = one.pictures
+            for one in data:
                 task = progress.add_task(
-                    f"pictures of {one.name} {one.split}", total=len(pictures), note=""
+                    f"pictures of {one.name} {one.split}", total=len(one.pictures), note=""
                 )
                 with accelerator.local_main_process_first():
-                    one.encode(self.cache, _Moving(progress, task))
-        return data, validation
+                    one.encode(self.cache, Moving(progress, task))
 
     def _stage(
         self,
@@ -224,7 +225,7 @@ class Training:
         stage = run.stage
         with bar(self.console) as progress:
             task = progress.add_task("questions read by the LLM", total=None, note="")
-            run.read_requests([*data, *validation], _Moving(progress, task))
+            run.read_requests([*data, *validation], Moving(progress, task))
         resumed = index == self.position.stage and self.position.step > 0
         if resumed:
             load_state(self.folder, run.model, run.optimizer, run.names)
@@ -233,6 +234,7 @@ class Training:
             run.fit()
         if not resumed:
             self._note(run.check())
+        self._note_unjudged(run, validation)
         with bar(self.console) as progress:
             task = progress.add_task(stage.name, total=stage.steps, completed=run.step, note="")
             started = time.perf_counter()
@@ -278,16 +280,17 @@ class Training:
             f"validation examples ({by_type})"
         )
 
+    def _note_unjudged(self, run: StageRun, validation: list[Data]) -> None:
+        """Say that a stage looks at no validation examples, where the config asks for it."""
+        stage = run.stage
+        if validation and run.judge is None:
+            self._note(
+                f"{stage.name}: none of its objectives ({', '.join(stage.objectives)}) can tell "
+                "right answers from wrong ones, so 'validate_on' is left out in this stage; "
+                "'answer-embedding' can, and 'ipn eval' judges what comes out"
+            )
+        elif stage.validate_every and not validation:
+            self._note(f"{stage.name}: 'validate_every' does nothing without 'validate_on'")
+
     def _note(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
-
-
-class _Moving:
-    """Moves one task of a progress bar."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self.progress = progress
-        self.task = task
-
-    def __call__(self, done: int, total: int | None = None) -> None:
-        self.progress.update(self.task, completed=done, total=total)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)

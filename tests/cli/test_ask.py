@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import Run, assert_refused, edit, tree
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ipn_core import IPN
+from ipn_core.cli import main
+from ipn_core.testing.interactions import TinyLook
 
 STAGES = ("perceive", "prefill", "request", "interact", "inject", "decode")
 KINDS = ("text", "static", "request", "dynamic", "generated")
@@ -74,6 +80,18 @@ def test_the_heatmap_is_written_beside_the_answer(
         assert drawn.format == "PNG"
 
 
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_the_answer_comes_before_the_note_about_the_heatmap(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr("sys.stderr", terminal)
+    ask = ["ask", str(home / "scene.png"), "hi", "-m", str(home / "model"), *words]
+    assert main([*ask, "--heatmap", str(tmp_path / "map.png")]) == 0
+    assert terminal.getvalue().splitlines()[-1].startswith("ipn: where it looked: ")
+
+
 def broken_inputs(home: Path, folder: Path) -> dict[str, tuple[tuple[object, ...], str]]:
     """Wrong inputs of `ask` by name, with a part of the message that each must give."""
     picture, model = home / "scene.png", home / "model"
@@ -85,6 +103,7 @@ def broken_inputs(home: Path, folder: Path) -> dict[str, tuple[tuple[object, ...
     header = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + content[24:29]
     checksum = zlib.crc32(header).to_bytes(4, "big")
     (folder / "bomb.png").write_bytes(content[:12] + header + checksum + content[33:])
+    (folder / "m.bin").write_bytes(pickle.dumps({"a": 1}))
     (folder / "nothing").mkdir()
     (folder / "d.png").mkdir()
     return {
@@ -93,12 +112,19 @@ def broken_inputs(home: Path, folder: Path) -> dict[str, tuple[tuple[object, ...
         "text": ((folder / "text.png", "hi"), "not an image"),
         "empty": ((folder / "empty.png", "hi"), "not an image"),
         "cut": ((folder / "cut.png", "hi"), "damaged or cut short"),
-        "bomb": ((folder / "bomb.png", "hi"), "at most 50,000,000 are accepted"),
+        "bomb": (
+            (folder / "bomb.png", "hi"),
+            "has 900,000,000 pixels; at most 50,000,000 are accepted",
+        ),
+        "long name": (("x" * 5000, "hi"), "cannot be read (File name too long)"),
         "no question": ((picture, "  \n"), "the question is empty"),
         "bytes": ((picture, "what \udcff"), "not valid text"),
         "long": ((picture, "why " * 200, "-m", model), "fit into the context"),
         "model": ((picture, "hi", "-m", "startre"), "unknown model 'startre'"),
         "near model": ((picture, "hi", "-m", "startre"), "did you mean 'starter'?"),
+        "long model": ((picture, "hi", "-m", "x" * 5000), "unknown model 'xxx"),
+        "file": ((picture, "hi", "-m", picture), "is a file: weights and models are folders"),
+        "pickle": ((picture, "hi", "-m", folder / "m.bin"), "is a pickle"),
         "no model": ((picture, "hi", "-m", folder / "nothing"), "is no model of ours"),
         "interact": ((picture, "hi", "-m", model, "-i", "tiny-lok"), "did you mean 'tiny-look'?"),
         "untrained": (
@@ -111,15 +137,17 @@ def broken_inputs(home: Path, folder: Path) -> dict[str, tuple[tuple[object, ...
         ),
         "map type": ((picture, "hi", "--heatmap", folder / "a.jpg"), "does not end in .png"),
         "map folder": ((picture, "hi", "--heatmap", folder / "no" / "a.png"), "there is no folder"),
+        "long map": ((picture, "hi", "--heatmap", "x" * 300 + ".png"), "than a file's name can be"),
         "map is a folder": ((picture, "hi", "--heatmap", folder / "d.png"), "is a folder"),
         "map is the picture": ((picture, "hi", "--heatmap", picture), "is the picture itself"),
     }
 
 
 CASES = (
-    "missing", "folder", "text", "empty", "cut", "bomb", "no question", "bytes", "long", "model",
-    "near model", "no model", "interact", "untrained", "no map", "map type", "map folder",
-    "map is a folder", "map is the picture",
+    "missing", "folder", "text", "empty", "cut", "bomb", "long name", "no question", "bytes",
+    "long", "model", "near model", "long model", "file", "pickle", "no model", "interact",
+    "untrained", "no map", "map type", "map folder", "long map", "map is a folder",
+    "map is the picture",
 )  # fmt: skip
 
 
@@ -171,6 +199,44 @@ def test_unknown_names_and_keys_in_a_config(
     assert_refused(ipn(*ask), "unknown key", "promt", "did you mean 'prompt'?")
     (copied / "config.json").write_text("{")
     assert_refused(ipn(*ask), "config.json' is not valid JSON")
+
+
+def test_an_interaction_by_its_bare_name(home: Path, copied: Path, ipn: Callable[..., Run]) -> None:
+    edit(copied, lambda c: c.update(interact="tiny-look", strategy=None))
+    ask = ("ask", home / "scene.png", "hi", "-m")
+    assert ipn(*ask, copied).out == ipn(*ask, home / "model" / "tiny-look").out != ""
+
+
+def test_a_language_model_that_lacks_a_tensor(
+    home: Path, copied: Path, tmp_path: Path, ipn: Callable[..., Run]
+) -> None:
+    llm = Path(shutil.copytree(home / "llm", tmp_path / "llm"))
+    edit(copied, lambda c: c.update(backbone={"name": "llama", "weights": str(llm)}))
+    state = load_file(llm / "model.safetensors")
+    state.pop("model.norm.weight")
+    save_file(state, llm / "model.safetensors", {"format": "pt"})
+    ask = ("ask", home / "scene.png", "hi", "-m", copied)
+    assert_refused(ipn(*ask), "do not fit their config", "missing model.norm.weight")
+    (llm / "model.safetensors").write_bytes(b"nonsense")
+    assert_refused(ipn(*ask), "cannot be loaded", "Fetch or save them again")
+
+
+def test_a_hub_that_cannot_be_reached_is_1(home: Path, ipn: Callable[..., Run]) -> None:
+    run = ipn("ask", home / "scene.png", "hi", "-m", "no/such")
+    assert (run.code, run.out) == (1, "")
+    assert "cannot fetch model 'no/such' from the hub" in run.err
+
+
+def test_a_stage_that_fails_is_1(
+    home: Path, monkeypatch: pytest.MonkeyPatch, ipn: Callable[..., Run]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(TinyLook, "forward", full)
+    run = ipn("ask", home / "scene.png", "hi", "-m", home / "model")
+    assert (run.code, run.out) == (1, "")
+    assert "stage interact of plugin tiny local failed: OutOfMemoryError: no room" in run.err
 
 
 def explode(*_: object, **__: object) -> None:

@@ -80,3 +80,20 @@ def test_a_malformed_line_is_named(
 
 def test_eval_names_a_file_that_is_not_there(ipn: Callable[..., Run]) -> None:
     assert_refused(ipn("eval", "none.jsonl"), "no such file: 'none.jsonl'")
+
+
+def test_eval_names_the_line_of_a_picture_that_does_not_decode(
+    home: Path, tmp_path: Path, ipn: Callable[..., Run]
+) -> None:
+    shutil.copy(home / "scene.png", tmp_path / "scene.png")
+    (tmp_path / "text.png").write_text("no picture")
+    rows = [{"image": image, "question": "q", "answer": "a"} for image in ("scene.png", "text.png")]
+    # A byte order mark, as editors on Windows write one.
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
+    run = ipn("eval", tmp_path / "a.jsonl", "-m", home / "model")
+    assert_refused(run, "a.jsonl' line 2: ", "text.png' is not an image")
+
+
+def test_eval_of_a_name_too_long_for_a_file(ipn: Callable[..., Run]) -> None:
+    assert_refused(ipn("eval", "x" * 5000), "unknown task 'xxx")
+    assert_refused(ipn("eval", "x" * 5000 + ".jsonl"), "cannot be read (File name too long)")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import Run
+from command_line import Run, assert_refused, tree
 
 
 def test_train_hands_its_words_on(monkeypatch: pytest.MonkeyPatch, ipn: Callable[..., Run]) -> None:
@@ -27,3 +27,21 @@ def test_train_hands_its_words_on(monkeypatch: pytest.MonkeyPatch, ipn: Callable
         (Path("a.yaml"), [], False, None),
         (Path("a.yaml"), ["x.y=1", "z=[2]"], True, Path("there")),
     ]
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("file", "is a file. Name a folder, which is made if it is not there"),
+        ("file/below", "file' is a file. Name a folder"),
+        ("x" * 300, "is longer than a folder's name can be"),
+    ],
+)
+def test_out_must_be_a_folder(
+    out: str, reason: str, tmp_path: Path, ipn: Callable[..., Run]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    before = tree(tmp_path)
+    run = ipn("train", "a.yaml", "--out", tmp_path / out)
+    assert_refused(run, f"--out '{tmp_path / out}' ", reason)
+    assert tree(tmp_path) == before

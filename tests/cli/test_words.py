@@ -27,7 +27,9 @@ def test_help_is_there_and_names_the_debug_option(
 def test_no_words_show_the_help_and_are_no_success(ipn: Callable[..., Run]) -> None:
     run = ipn()
     assert run.code == 2
-    assert "Usage: ipn" in run.out + run.err
+    assert "Usage: ipn" in run.out
+    assert run.err.startswith("ipn: no command given: name one, such as 'ipn ask IMAGE QUESTION'.")
+    assert run.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

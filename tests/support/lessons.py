@@ -131,10 +131,18 @@ def lesson(llm: Path, *stages: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def training(values: dict[str, Any], folder: Path, **more: Any) -> Training:
-    """A training that says nothing."""
+    """A training that says nothing here; its console keeps what it says."""
     config = TrainConfig.parse(values, "lesson")
     more.setdefault("registry", lesson_registry())
-    return Training(config, folder, console=Console(file=io.StringIO()), **more)
+    more.setdefault("console", Console(file=io.StringIO()))
+    return Training(config, folder, **more)
+
+
+def said(run: Training) -> str:
+    """Everything that a training has said so far."""
+    file = run.console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -8,16 +8,37 @@ import pytest
 import torch
 from ipn_llama.llama import Llama, Vicuna
 
+from ipn_core.backbone import Backbone
 from ipn_core.config import BackboneConfig, Layout
 from ipn_core.errors import CheckpointError, ConfigError, UnknownNameError, UserError
 from ipn_core.plan import Planner, Tokens
 from ipn_core.prompt import Prompt
+from ipn_core.testing.contracts import BackboneContract
 from ipn_core.testing.tiny import tiny_backbone, tiny_tokenizer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
+
+
+class TestLlama(BackboneContract):
+    name = "llama"
+
+    def build(self) -> Backbone:
+        return tiny_backbone("llama")
+
+
+class TestGroupedQueries(TestLlama):
+    def build(self) -> Backbone:
+        return tiny_backbone("llama-gqa")
+
+
+class TestVicuna(BackboneContract):
+    name = "vicuna"
+
+    def build(self) -> Backbone:
+        return tiny_backbone("vicuna")
 
 
 def rendered(backbone: Llama, prompt: Prompt, system: str | None = None) -> str:

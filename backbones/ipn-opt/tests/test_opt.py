@@ -6,11 +6,25 @@ import pytest
 import torch
 from ipn_opt.opt import Opt
 
+from ipn_core.backbone import Backbone
 from ipn_core.config import Layout
 from ipn_core.errors import ConfigError
 from ipn_core.plan import Planner, Tokens
 from ipn_core.prompt import Prompt
+from ipn_core.testing.contracts import BackboneContract
 from ipn_core.testing.tiny import tiny_backbone, tiny_tokenizer
+
+
+class TestOpt(BackboneContract):
+    name = "opt"
+
+    def build(self) -> Backbone:
+        return tiny_backbone("opt")
+
+
+class TestProjectedOpt(TestOpt):
+    def build(self) -> Backbone:
+        return tiny_backbone("opt-projected")
 
 
 @pytest.mark.parametrize(("family", "narrow"), [("opt", 32), ("opt-projected", 16)])

@@ -16,6 +16,7 @@ from ipn_core.errors import ConfigError
 from ipn_core.features import VisualFeatures
 from ipn_core.model import IPN
 from ipn_core.stages import Dims, Request
+from ipn_core.testing.contracts import InteractionContract
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
 
 DIMS = Dims(Dv=12, D_in=20, D_hidden=(14, 14), D_out=14, K=3, D_request=14)
@@ -25,11 +26,20 @@ GRIDS = ((2, 3), (4, 4), (1, 5), (3, 2))
 both = pytest.mark.parametrize("guide", [None, GUIDE, {**GUIDE, "tallies": 0}])
 
 
-def build(guide: dict[str, Any] | None = None, **more: Any) -> RVII:
+class TestRVII(InteractionContract):
+    name = "rvii"
+    options = {"width": 16, "depth": 2, "heads": 4, "frequencies": 3}  # noqa: RUF012 as declared
+
+
+class TestGuidedRVII(TestRVII):
+    options = {**TestRVII.options, "guide": GUIDE}  # noqa: RUF012 as declared
+
+
+def build(guide: dict[str, Any] | None = None, R: int = 1, **more: Any) -> RVII:
     """A small one whose every number is random."""
     torch.manual_seed(0)
     options = {"width": 16, "depth": 2, "heads": 4, "frequencies": 3, "guide": guide, **more}
-    model = RVII(RVIIConfig.parse(options, "interact"), DIMS).eval()
+    model = RVII(RVIIConfig.parse(options, "interact"), replace(DIMS, R=R)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -61,11 +71,11 @@ def request(batch: int, R: int = 1, return_map: bool = True) -> Request:
 @pytest.mark.parametrize("R", [1, 3])
 def test_shapes(guide: dict[str, Any] | None, R: int) -> None:
     seen = features((0,), (1, 2), (3, 0, 1))
-    message = build(guide)(request(3, R), seen)
+    message = build(guide, R)(request(3, R), seen)
     assert message.values.shape == (3, DIMS.K, DIMS.D_in)
     assert message.attention.shape == (3, DIMS.K, max(seen.lengths))
-    assert build(guide)(request(3, R, return_map=False), seen).attention is None
-    assert build(guide, message=7)(request(3, R), seen).values.shape == (3, DIMS.K, 7)
+    assert build(guide, R)(request(3, R, return_map=False), seen).attention is None
+    assert build(guide, R, message=7)(request(3, R), seen).values.shape == (3, DIMS.K, 7)
 
 
 @both
@@ -91,9 +101,9 @@ def test_the_map_is_the_last_look_in_the_order_of_the_patches(guide: dict[str, A
     last.register_forward_pre_hook(lambda m, args: calls.append(args))
     attention = model(request(2), seen).attention
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, DIMS.K))
-    tokens, keys, _, mask, log_maps, _ = calls[0]
+    tokens, keys, _, lengths, log_maps, _ = calls[0]
     order = seen.padded()[1]
-    assert torch.equal(mask, order)
+    assert torch.equal(torch.arange(order.shape[1]) < torch.tensor(lengths)[:, None], order)
     queries = last.q(tokens).unflatten(-1, (last.heads, -1))
     scores = torch.einsum("bmhk,bphk->bhmp", queries, keys) / keys.shape[-1] ** 0.5
     if guide:
@@ -132,11 +142,36 @@ def test_pictures_of_a_prompt_are_told_apart(guide: dict[str, Any] | None) -> No
 
 
 @both
-def test_the_request_decides(guide: dict[str, Any] | None) -> None:
-    model, seen = build(guide), features((1,), (1,))
-    message = model(request(2), seen)
-    assert (message.values[0] - message.values[1]).abs().max() > 1e-3
-    assert (message.attention[0] - message.attention[1]).abs().max() > 1e-5
+@pytest.mark.parametrize("R", [1, 3])
+def test_every_request_token_decides(guide: dict[str, Any] | None, R: int) -> None:
+    model, seen, asked = build(guide, R), features((1,)), request(1, R)
+    before = model(asked, seen)
+    for place in range(R):
+        values = asked.values.clone()
+        values[:, place] = torch.randn(14, generator=torch.Generator().manual_seed(9))
+        after = model(replace(asked, values=values), seen)
+        assert (after.values - before.values).abs().max() > 1e-3
+        assert (after.attention - before.attention).abs().max() > 1e-5
+
+
+def test_evidence_says_how_similar_the_most_similar_patches_are() -> None:
+    # With everything else of the guide silenced, a better match is still told apart.
+    guide = build({**GUIDE, "tallies": 0}).guide
+    asked, seen = torch.randn(1, 16), features((1,))
+    unit = guide.text(asked)[0]
+    with torch.no_grad():
+        guide.patch_out.bias.zero_()
+        guide.patch_out.weight.copy_(torch.eye(8))
+    found = []
+    for cosine in (0.2, 0.6, 0.9):
+        shown = torch.nn.functional.normalize(torch.randn(16, 8), dim=-1)
+        shown -= (shown @ unit)[:, None] * unit
+        shown[3] = cosine * unit + (1 - cosine**2) ** 0.5 * shown[3] / shown[3].norm()
+        similarity = guide._similarity(asked, shown, seen)
+        assert similarity.max().item() == pytest.approx(16 * cosine, rel=1e-4)
+        found.append(guide._evidence(similarity, seen.mask))
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    assert (found[1] - found[2]).abs().max() > 1e-3
 
 
 @both
@@ -177,34 +212,42 @@ def test_noise_and_dropout_only_while_training() -> None:
 
 @pytest.mark.parametrize(("n", "m"), [(400, 500), (6, 9)])
 def test_fit_whitens_what_comes_in(n: int, m: int) -> None:
-    model = build(GUIDE)
+    model = build(GUIDE, R=2)
     mix = torch.randn(14, 14) * 3
-    requests, seen = torch.randn(n, 14) @ mix + 5, torch.randn(m, DIMS.Dv) * 20 - 3
+    requests, seen = torch.randn(n, 2, 14) @ mix + 5, torch.randn(m, DIMS.Dv) * 20 - 3
     model.fit(requests, seen)
-    layers = (model.request_in, model.patch_in, model.guide.patch_in)
-    for layer, sample in zip(layers, (requests, seen, seen), strict=True):
+    layers = (model.request_scale, model.patch_in, model.guide.patch_in)
+    samples = (requests.flatten(1), seen, seen)
+    for layer, sample in zip(layers, samples, strict=True):
         out = layer(sample)
-        rank = min(layer.out_features, len(sample) - 1, sample.shape[1])
-        torch.testing.assert_close(out.mean(0), torch.zeros(layer.out_features), rtol=0, atol=1e-3)
-        spread = torch.zeros(layer.out_features, layer.out_features)
+        width = out.shape[1]
+        rank = min(width, len(sample) - 1, sample.shape[1])
+        torch.testing.assert_close(out.mean(0), torch.zeros(width), rtol=0, atol=1e-3)
+        spread = torch.zeros(width, width)
         spread[range(rank), range(rank)] = 1
         torch.testing.assert_close(out.T.cov(), spread, rtol=0, atol=1e-2)
         assert layer.weight.abs().max() < 1e3
 
 
+def test_what_scales_requests_is_not_trained_but_kept() -> None:
+    model = build()
+    assert not any("request_scale" in name for name, _ in model.named_parameters())
+    assert {"request_scale.weight", "request_scale.bias"} <= set(model.state_dict())
+
+
 def test_fit_leaves_a_projection_alone_where_nothing_varies() -> None:
     model = build()
-    before = model.request_in.weight.clone()
-    model.fit(torch.full((5, 14), 2.5), torch.randn(40, DIMS.Dv))
-    assert torch.equal(model.request_in.weight, before)
-    model.fit(torch.randn(1, 14), torch.randn(40, DIMS.Dv))
-    assert torch.equal(model.request_in.weight, before)
+    before = model.request_scale.weight.clone()
+    model.fit(torch.full((5, 1, 14), 2.5), torch.randn(40, DIMS.Dv))
+    assert torch.equal(model.request_scale.weight, before)
+    model.fit(torch.randn(1, 1, 14), torch.randn(40, DIMS.Dv))
+    assert torch.equal(model.request_scale.weight, before)
 
 
 def test_the_shared_space_needs_a_guide() -> None:
-    assert build().objectives == {"answer-embedding"}
+    assert build().objectives == {"answer-embedding", "verbalise"}
     model = build(GUIDE)
-    assert model.objectives == {"answer-embedding", "request-image"}
+    assert model.objectives == {"answer-embedding", "request-image", "verbalise"}
     text, image = model.shared_space(request(2), features((0,), (1,)))
     assert text.shape == (2, 8)
     assert image.shape == (6 + 16, 8)

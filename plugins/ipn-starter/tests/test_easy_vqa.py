@@ -8,6 +8,14 @@ import pytest
 from ipn_starter.easy_vqa import EasyVQA
 
 from ipn_core.errors import DataError
+from ipn_core.testing.contracts import TaskContract
+
+
+class TestEasyVQA(TaskContract):
+    name = "easy-vqa"
+
+
+ASKED = ("is there a circle?", "does the image not contain a red shape?", "is no circle present?")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +45,22 @@ def test_thirteen_one_word_answers_of_three_kinds(splits: dict[str, list], split
     assert set(kinds) == {"yes-no", "shape", "colour"}
     by_kind = {k: {e.answers[0] for e in splits[split] if e.type == k} for k in kinds}
     assert {k: len(v) for k, v in by_kind.items()} == {"yes-no": 2, "shape": 3, "colour": 8}
+
+
+def test_what_a_picture_shows_follows_from_its_questions(splits: dict[str, list]) -> None:
+    answers = {q: {e.answers[0] for e in splits["test"] if e.question == q} for q in ASKED}
+    for e in splits["test"]:
+        assert len(e.shown) <= 2
+        if e.names:
+            assert len(e.shown) == 2
+            assert e.names[0] in e.question
+        if e.names and e.type == "yes-no":
+            denies = " no" in e.question
+            assert (e.names[0] in e.shown) == ((e.answers[0] == "yes") != denies)
+        if e.type != "yes-no":
+            assert e.answers[0] in e.shown
+    assert answers == {q: {"yes", "no"} for q in ASKED}
+    assert sum(bool(e.names) for e in splits["train"]) > 20_000
 
 
 def test_pictures_open_and_questions_share_them(splits: dict[str, list]) -> None:

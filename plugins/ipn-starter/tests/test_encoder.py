@@ -9,6 +9,11 @@ from ipn_starter.encoder import EfficientNetLite0, EfficientNetLite0Config
 
 from ipn_core.errors import ConfigError
 from ipn_core.stages import PerceiveContext
+from ipn_core.testing.contracts import EncoderContract
+
+
+class TestEfficientNetLite0(EncoderContract):
+    name = "efficientnet-lite0"
 
 
 @pytest.fixture(scope="module")

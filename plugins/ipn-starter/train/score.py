@@ -1,9 +1,10 @@
 """Measure the packaged checkpoints and write their model card.
 
-python plugins/ipn-starter/train/score.py [ROW …]
+python plugins/ipn-starter/train/score.py [ROW …] [--second FOLDER]
 
 Every row is what `ipn eval` prints with the row's options; results are kept in `scores.json` beside
-this file, so that rows can be measured one at a time. The card is written from all there are.
+this file, so that rows can be measured one at a time. The card is written from all there are. With
+--second the rows are measured for a checkpoint that was trained with another seed.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ ROWS: dict[str, tuple[str, str, str, bool]] = {
 """Interaction, task, split, whether requests are shuffled."""
 
 
-def measure(row: str) -> dict[str, Any]:
+SECOND = "second seed: "
+"""What the names of rows begin with that were measured with --second."""
+
+
+def measure(row: str, source: str) -> dict[str, Any]:
     """Return what `ipn eval --json` would."""
     interact, task, split, shuffled = ROWS[row]
-    model = IPN.from_pretrained("starter", interact=interact)
+    model = IPN.from_pretrained(source, interact=interact)
     examples = open_task(task).examples(split)
     report = evaluate(model, examples, task=task, split=split, batch_size=64, shuffled=shuffled)
     return report.to_json()
@@ -71,11 +76,32 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def seeds(scores: dict[str, Any]) -> str:
+    """Return a section that compares the two trainings."""
+    lines = [
+        "### Another seed",
+        "",
+        "The same command with `seed=1`, its checkpoint measured with `--model runs/seed1/model`;",
+        "the first one is packaged, whichever is better.",
+        "",
+        "| row | packaged | second seed |",
+        "|---|---|---|",
+    ]
+    for row in ROWS:
+        if SECOND + row in scores:
+            both = [scores[row], scores[SECOND + row]]
+            cells = [f"{_percent(s['accuracy'])} of {s['n']:,}" for s in both]
+            lines.append("| " + " | ".join([row, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def write_card() -> None:
     """Write the card from the scores that there are."""
     scores = json.loads(SCORES.read_text())
     head = (HERE / "card.md").read_text(encoding="utf-8")
     sections = [table(row, scores[row]) for row in ROWS if row in scores]
+    if any(name.startswith(SECOND) for name in scores):
+        sections.append(seeds(scores))
     atomic_write(CARD, (head + "\n" + "\n\n".join(sections) + "\n").encode())
 
 
@@ -83,15 +109,18 @@ def main() -> None:
     """Measure the rows that are named, or all, and write the card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="; ".join(ROWS))
-    rows = parser.parse_args().rows or list(ROWS)
-    for row in rows:
+    parser.add_argument("--second", metavar="FOLDER", help="a checkpoint of another seed")
+    arguments = parser.parse_args()
+    for row in arguments.rows:
         if row not in ROWS:
             parser.error(f"unknown row '{row}': there are {'; '.join(ROWS)}")
-        result = measure(row)
+    for row in arguments.rows or ROWS:
+        result = measure(row, arguments.second or "starter")
         scores = json.loads(SCORES.read_text()) if SCORES.exists() else {}
-        scores[row] = result
+        name = SECOND + row if arguments.second else row
+        scores[name] = result
         atomic_write(SCORES, (json.dumps(scores, indent=1) + "\n").encode())
-        print(f"{row}: {_percent(result['accuracy'])} of {result['n']:,}", flush=True)
+        print(f"{name}: {_percent(result['accuracy'])} of {result['n']:,}", flush=True)
     write_card()
 
 

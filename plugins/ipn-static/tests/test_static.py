@@ -17,9 +17,19 @@ from ipn_core.model import IPN
 from ipn_core.plugins import get_registry
 from ipn_core.prompt import Prompt
 from ipn_core.stages import PerceiveContext
+from ipn_core.testing.contracts import ConnectorContract
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
 
 NOTHING = PerceiveContext([], [])
+
+
+class TestStatic(ConnectorContract):
+    name = "static"
+
+
+class TestPooledMLP(ConnectorContract):
+    name = "static"
+    options = {"map": "mlp", "hidden": 7, "pool": 2}  # noqa: RUF012 as declared
 
 
 def build(family: Any = "llama", **perceive: Any) -> IPN:

@@ -20,6 +20,7 @@ from ipn_core.errors import CheckpointError, ConfigError, UnknownNameError, User
 from ipn_core.model import IPN
 from ipn_core.plugins import get_registry
 from ipn_core.stages import PerceiveContext
+from ipn_core.testing.contracts import EncoderContract
 from ipn_core.testing.tiny import tiny_backbone
 
 SMALL: dict[str, Any] = {
@@ -144,6 +145,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[kind]
 
     return get
+
+
+class TestVisionTower(EncoderContract):
+    name = "vision"
+
+    @pytest.fixture(autouse=True)
+    def _weights(self, saved: Any) -> None:
+        self.options = {"weights": str(saved("clip")[1])}
 
 
 def tower(folder: Path | str, **options: Any) -> VisionTower:

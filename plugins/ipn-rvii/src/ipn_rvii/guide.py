@@ -2,8 +2,9 @@
 
 Ours, not the paper's. A look is the product of what the request names (cosine similarity in a space
 that text and patches share) and of where it says to look; a second look is the first one moved by a
-step that the request gives ("left of"). A tally adds up, over all patches, how much each is of a
-kind, which a softmax cannot.
+step that the request gives ("left of"). A softmax over patches says where, and neither whether nor
+how many: the evidence is how similar the most similar patches are, and a tally adds up, over all
+patches, how much each is of a kind.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ipn_core import Config, VisualFeatures
+from ipn_core.positions import cosines
 
-__all__ = ["Guide", "GuideConfig", "Guided", "cosines"]
+__all__ = ["Guide", "GuideConfig", "Guided"]
 
 _SHARPNESS = 16.0
 """What cosines are multiplied with before a softmax or sigmoid."""
+_EVIDENCE = torch.arange(-2, 22, 2).float()
+"""Where bumps stand on the line of evidence, log-sum-exp over patches of 16 cosines."""
 _FLOOR = 1e-4
 """Added to maps before their logarithm."""
 
@@ -45,11 +49,11 @@ class Guided:
 
     Attributes:
         log_maps: (B, 2, P) logarithms of the first and the moved look.
-        tallies: (B, 0 or 1, W) a token that carries the counts.
+        findings: (B, 1, W) a token that carries the evidence and the tallies.
     """
 
     log_maps: Tensor
-    tallies: Tensor
+    findings: Tensor
 
 
 class Guide(nn.Module):
@@ -71,9 +75,14 @@ class Guide(nn.Module):
         self.how_named = nn.Linear(width, 1)
         self.where = nn.Linear(width, sides)
         self.step = nn.Linear(width, 2 * sides)
+        self.evidence_in = nn.Linear(_EVIDENCE.numel(), width)
         if config.tallies:
             self.kinds = nn.Linear(width, config.tallies * config.width)
-            self.kind_patch = nn.Linear(config.width, config.width)
+            self.kind_patch = nn.Sequential(
+                nn.Linear(config.width, 2 * config.width),
+                nn.GELU(),
+                nn.Linear(2 * config.width, config.width),
+            )
             self.threshold = nn.Parameter(torch.full((config.tallies,), -8.0))
             self.count_in = nn.Linear(config.tallies * _Counts.codes, width)
         for layer in (self.where, self.step):
@@ -81,19 +90,20 @@ class Guide(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, asked: Tensor, features: VisualFeatures) -> Guided:
-        """Guide with (B, R, W) requests; the mean over R asks."""
-        asked = asked.mean(1)
+        """Guide with (B, W) requests."""
         patches = self.patch_in(features.values)
         mask = features.mask
         positions = features.positions()
         gate = self.how_named(asked).sigmoid() * 2
-        logits = gate * self._similarity(asked, patches, features)
-        codes = cosines(positions, self.config.frequencies)
+        similarity = self._similarity(asked, patches, features)
+        logits = gate * similarity
+        codes = cosines(positions, self.config.frequencies).to(asked.dtype)
         logits = logits + torch.einsum("bf,bpf->bp", self.where(asked), codes)
         first = logits.masked_fill(~mask, -1e4).softmax(-1)
         moved = self._moved(first, asked, positions, features)
         maps = torch.stack([first, moved], dim=1)
-        return Guided((maps + _FLOOR).log(), self._tally(asked, patches, features))
+        findings = self._evidence(similarity, mask) + self._tally(asked, patches, features)
+        return Guided((maps + _FLOOR).log(), findings.unsqueeze(1))
 
     def text(self, asked: Tensor) -> Tensor:
         """Return what the request names, (B, w) unit vectors."""
@@ -119,8 +129,8 @@ class Guide(nn.Module):
         waves = torch.arange(frequencies, device=first.device) * torch.pi * 2
         angles = (steps.unsqueeze(-1) * waves).flatten(-2)
         spread = "bf,zijf->bij" if angles.shape[0] == 1 else "bf,bijf->bij"
-        kernel = torch.einsum(spread, cosines, angles.cos())
-        kernel = kernel + torch.einsum(spread, sines, angles.sin())
+        kernel = torch.einsum(spread, cosines, angles.cos().to(asked.dtype))
+        kernel = kernel + torch.einsum(spread, sines, angles.sin().to(asked.dtype))
         if any(span.place for span in features.images):
             places = features.places()
             apart = places.unsqueeze(2) != places.unsqueeze(1)
@@ -128,17 +138,24 @@ class Guide(nn.Module):
         kernel = kernel.masked_fill(~features.mask.unsqueeze(2), -1e4)
         return torch.einsum("bij,bj->bi", kernel.softmax(1), first)
 
-    def _tally(self, asked: Tensor, patches: Tensor, features: VisualFeatures) -> Tensor:
-        batch, count = asked.shape[0], self.config.tallies
+    def _evidence(self, similarity: Tensor, mask: Tensor) -> Tensor:
+        """Say (B, W) whether the pictures show what is named: bumps along the best similarity."""
+        best = similarity.masked_fill(~mask, -1e4).logsumexp(-1)
+        bumps = (-(((best.unsqueeze(-1) - _EVIDENCE.to(best)) / 2) ** 2)).exp()
+        told: Tensor = self.evidence_in(bumps)
+        return told
+
+    def _tally(self, asked: Tensor, patches: Tensor, features: VisualFeatures) -> Tensor | float:
+        count = self.config.tallies
         if not count:
-            return asked.new_zeros(batch, 0, asked.shape[-1])
+            return 0.0
         kinds = F.normalize(self.kinds(asked).unflatten(-1, (count, -1)), dim=-1)
         image = features.spread(F.normalize(self.kind_patch(patches), dim=-1))
         scores = 2 * _SHARPNESS * torch.einsum("bkw,bpw->bkp", kinds, image)
         are = (scores + self.threshold[:, None]).sigmoid()
         totals = are.masked_fill(~features.mask.unsqueeze(1), 0).sum(-1)
         told: Tensor = self.count_in(_Counts.code(totals))
-        return told.unsqueeze(1)
+        return told
 
 
 class _Counts:
@@ -153,13 +170,7 @@ class _Counts:
         line = torch.arange(cls.centres, device=totals.device) * 2.0
         bumps = (-(((totals.unsqueeze(-1) - line) / 2) ** 2)).exp()
         size = torch.stack([totals.clamp(min=0).log1p(), totals / 16], dim=-1)
-        return torch.cat([bumps, size], dim=-1).flatten(1)
-
-
-def cosines(positions: Tensor, frequencies: int) -> Tensor:
-    """Code (…, 2) positions as cosines of 0, 1, … half-waves a side: (…, 2 × frequencies)."""
-    waves = torch.arange(frequencies, device=positions.device) * torch.pi
-    return (positions.unsqueeze(-1) * waves).cos().flatten(-2)
+        return torch.cat([bumps, size], dim=-1).flatten(1).to(totals.dtype)
 
 
 def _alike(positions: Tensor) -> bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from ipn_core import Config, Dims, Interaction, Request, VisualFeatures, VisualMessage
 from ipn_core.attention import attend
 from ipn_core.errors import ConfigError
-from ipn_rvii.guide import Guide, GuideConfig, cosines
+from ipn_core.positions import cosines
+from ipn_rvii.guide import Guide, GuideConfig
 
 __all__ = ["RVII", "RVIIConfig"]
 
@@ -52,7 +55,8 @@ class RVII(Interaction):
 
     The blocks are the published ones (LMEye, arXiv 2305.03701, section 3.2): self-attention over
     queries and request, cross-attention to the visual features, MLP. Ours are the position code of
-    the patches, that the request is also added to every query, and the optional guide.
+    the patches, that several request tokens are first joined into one, that it is also added to
+    every query, and the optional guide.
     """
 
     Config = RVIIConfig
@@ -66,7 +70,10 @@ class RVII(Interaction):
                 f"{config.heads}."
             )
         self.queries = nn.Parameter(torch.randn(dims.K, width) * 0.02)
-        self.request_in = nn.Linear(dims.D_request, width)
+        self.request_scale = _Whitening(dims.R * dims.D_request, width)
+        self.request_in = nn.Linear(width, width)
+        nn.init.eye_(self.request_in.weight)
+        nn.init.zeros_(self.request_in.bias)
         self.request_mlp = _mlp(width, config.mlp_ratio)
         self.patch_in = nn.Linear(dims.Dv, width)
         self.place = nn.Embedding(config.max_images, width)
@@ -96,57 +103,59 @@ class RVII(Interaction):
         patches = self._patches(features)
         bias, told = None, asked
         if self.guide is not None:
-            guided = self.guide(asked, features)
-            bias, told = guided.log_maps, torch.cat([asked, guided.tallies], dim=1)
-        queries = self.queries + asked.mean(1, keepdim=True)
+            guided = self.guide(asked[:, 0], features)
+            bias, told = guided.log_maps, torch.cat([asked, guided.findings], dim=1)
+        queries = self.queries + asked
         tokens = torch.cat([queries, told], dim=1)
-        mask = None if bool(features.mask.all()) else features.mask
         seen: Tensor | None = None
         for index, block in enumerate(self.blocks):
             wanted = request.return_map and index == len(self.blocks) - 1
-            tokens, seen = block(tokens, patches, features, mask, bias, wanted)
+            tokens, seen = block(tokens, patches, features, bias, wanted)
         count = self.queries.shape[0]
         values = self.out(self.out_norm(tokens[:, :count]))
         return VisualMessage(values, None if seen is None else seen[:, :count])
 
     @property
     def objectives(self) -> frozenset[str]:
-        """With a guide also `request-image`."""
+        """Its message may stand for an answer; with a guide it also has a shared space."""
         shared = {"request-image"} if self.guide is not None else set()
-        return super().objectives | shared
+        return frozenset({"answer-embedding", "verbalise"} | shared)
 
     def shared_space(self, request: Request, features: VisualFeatures) -> tuple[Tensor, Tensor]:
         """Map requests and patches as the guide compares them."""
         assert self.guide is not None
-        asked = self._asked(request.values).mean(1)
+        asked = self._asked(request.values)[:, 0]
         return self.guide.text(asked), self.guide.image(self.guide.patch_in(features.values))
 
     @torch.no_grad()
     def fit(self, requests: Tensor, patches: Tensor) -> None:
-        """Start the two input projections as a whitening of what will come in.
+        """Scale what comes in by a sample of it.
 
         Args:
-            requests: (n, D_request) a sample.
+            requests: (n, R, D_request) a sample.
             patches: (m, Dv) a sample.
         """
-        _whiten(self.request_in, requests)
-        _whiten(self.patch_in, patches)
+        self.request_scale.fit(requests.flatten(1))
+        _whiten(self.patch_in.weight, self.patch_in.bias, patches)
         if self.guide is not None:
-            _whiten(self.guide.patch_in, patches)
+            _whiten(self.guide.patch_in.weight, self.guide.patch_in.bias, patches)
 
     def _asked(self, values: Tensor) -> Tensor:
-        asked: Tensor = self.request_in(values)
+        """Map requests (B, R, D_request) to one token (B, 1, W): each says another part of it."""
+        asked: Tensor = self.request_scale(values.flatten(1))
         if self.training and self.config.noise:
             asked = asked + self.config.noise * torch.randn_like(asked)
+        asked = self.request_in(asked)
         asked = asked + self.request_mlp(asked)
-        return asked
+        return asked.unsqueeze(1)
 
     def _patches(self, features: VisualFeatures) -> Tensor:
         """Return the packed patches (N, W), each once, with the codes of their positions."""
         patches: Tensor = self.patch_in(features.values)
         positions, places = features.packed_positions()
         if self.position_in is not None:
-            patches = patches + self.position_in(cosines(positions, self.config.frequencies))
+            code = cosines(positions, self.config.frequencies).to(patches.dtype)
+            patches = patches + self.position_in(code)
         places = places.clamp(max=self.config.max_images - 1)
         normed: Tensor = self.patch_norm(patches + self.place(places))
         return normed
@@ -169,7 +178,6 @@ class _Block(nn.Module):
         tokens: Tensor,
         patches: Tensor,
         features: VisualFeatures,
-        mask: Tensor | None,
         log_maps: Tensor | None,
         return_map: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -180,7 +188,7 @@ class _Block(nn.Module):
         # Each patch is mapped once, then laid out for all the questions about its picture.
         keys, values = self.cross_attention.keys_values(patches, features)
         looked, seen = self.cross_attention(
-            self.cross_norm(tokens), keys, values, mask, log_maps, return_map
+            self.cross_norm(tokens), keys, values, features.lengths, log_maps, return_map
         )
         tokens = tokens + self.dropout(looked)
         return tokens + self.dropout(self.mlp(self.mlp_norm(tokens))), seen
@@ -216,7 +224,7 @@ class _Attention(nn.Module):
         tokens: Tensor,
         keys: Tensor,
         values: Tensor,
-        mask: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
         log_maps: Tensor | None = None,
         return_map: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -225,7 +233,7 @@ class _Attention(nn.Module):
         bias = None
         if log_maps is not None and self.follow is not None:
             bias = torch.einsum("hg,bgp->bhp", self.follow, log_maps).unsqueeze(2)
-        options: dict[str, Any] = {"mask": mask, "bias": bias, "backend": self.backend}
+        options: dict[str, Any] = {"lengths": lengths, "bias": bias, "backend": self.backend}
         if not return_map:
             looked = attend(queries, keys, values, **options)
             return self.out(looked.flatten(-2)), None
@@ -239,8 +247,32 @@ def _mlp(width: int, ratio: float) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
-def _whiten(linear: nn.Linear, sample: Tensor) -> None:
-    """Start a projection at the principal directions of a sample, each of variance 1.
+class _Whitening(nn.Module):
+    """A fixed projection to the principal directions of what comes in, each of variance 1.
+
+    Not trained: hidden states of an inner layer have a few huge numbers, which would make every
+    step of a trained projection a leap.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, width: int, directions: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", nn.init.orthogonal_(torch.empty(directions, width)))
+        self.register_buffer("bias", torch.zeros(directions))
+
+    def fit(self, sample: Tensor) -> None:
+        """Take the directions from a sample (n, width)."""
+        _whiten(self.weight, self.bias, sample)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Project (B, width) to (B, directions)."""
+        return F.linear(values, self.weight, self.bias)
+
+
+def _whiten(weight: Tensor, bias: Tensor, sample: Tensor) -> None:
+    """Set a projection to the principal directions of a sample, each of variance 1.
 
     Directions in which the sample does not vary are left out: their scale would be noise. A sample
     that varies in none leaves the projection as it is.
@@ -249,12 +281,12 @@ def _whiten(linear: nn.Linear, sample: Tensor) -> None:
     mean = sample.mean(0)
     _, scales, directions = torch.linalg.svd(sample - mean, full_matrices=False)
     varies = scales > 1e-5 * torch.linalg.vector_norm(sample)
-    count = min(linear.out_features, int(varies.sum()))
+    count = min(len(weight), int(varies.sum()))
     if not count:
         return
     deviations = scales[:count] / (len(sample) - 1) ** 0.5
-    weight = directions[:count] / deviations[:, None]
-    linear.weight.zero_()
-    linear.bias.zero_()
-    linear.weight[:count] = weight.to(linear.weight)
-    linear.bias[:count] = -(weight @ mean).to(linear.bias)
+    found = directions[:count] / deviations[:, None]
+    weight.zero_()
+    bias.zero_()
+    weight[:count] = found.to(weight)
+    bias[:count] = -(found @ mean).to(bias)

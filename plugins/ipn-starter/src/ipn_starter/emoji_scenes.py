@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ipn_core.errors import DataError
 from ipn_core.tasks import Example, Picture, Task
-from ipn_starter.wordings import HELD_OUT, ORDINALS, RELATIONS, TRAINED
+from ipn_starter.wordings import DEVELOPMENT, HELD_OUT, ORDINALS, RELATIONS, TRAINED
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -33,7 +33,13 @@ NUMBERS = (
 )  # fmt: skip
 THINGS = {"animal": "animals", "food": "food items", "vehicle": "vehicles", "object": "objects"}
 
-_SCENES = {"train": 12_000, "val": 300, "test": 500, "paraphrase": 500, "composition": 800}
+_SCENES = {
+    "train": 12_000, "val": 300, "val-paraphrase": 300,
+    "test": 500, "paraphrase": 500, "composition": 800,
+}  # fmt: skip
+_SPLIT_WORDINGS = {"val-paraphrase": DEVELOPMENT, "paraphrase": HELD_OUT}
+_VARIED = {"train", *_SPLIT_WORDINGS}
+"""Splits that draw among their wordings; the others use the plain one."""
 _STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 _PLURAL = {"grapes", "cherries", "scissors", "glasses"}
 
@@ -154,13 +160,15 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 class EmojiScenes(Task):
     """About ten questions a scene, two of each kind where the scene allows them.
 
-    Splits: `train`, with several wordings; `val` and `test`, plain wordings; `paraphrase`, wordings
-    that training never uses; `composition`, relation questions about nouns that training never
-    uses as the anchor of one.
+    Splits: `train`, with many wordings; `val` and `test`, plain wordings; `val-paraphrase` and
+    `paraphrase`, wordings that training never uses; `composition`, relation questions about nouns
+    that training never uses as the anchor of one. Only `val` and `val-paraphrase` are to be looked
+    at while developing.
     """
 
-    splits = ("train", "val", "test", "paraphrase", "composition")
+    splits = ("train", "val", "val-paraphrase", "test", "paraphrase", "composition")
     default_split = "test"
+    test_splits = ("test", "paraphrase", "composition")
 
     def __init__(self, scenes: int | None = None, seed: int = 0) -> None:
         """Choose how many.
@@ -199,8 +207,8 @@ class _Asker:
     def __init__(self, scene: Scene, rng: random.Random) -> None:
         self.scene = scene
         self.rng = rng
-        self.varied = scene.split == "train"
-        self.wordings = HELD_OUT if scene.split == "paraphrase" else TRAINED
+        self.training = scene.split == "train"
+        self.wordings = _SPLIT_WORDINGS.get(scene.split, TRAINED)
 
     def ask(self) -> Iterator[tuple[str, ...]]:
         """Yield (kind, question, answer) and the noun that the question names, if it does."""
@@ -215,15 +223,20 @@ class _Asker:
 
     def _word(self, kind: str, **parts: object) -> str:
         choices = self.wordings[kind]
-        plain = self.scene.split in ("val", "test", "composition")
-        # In training the plain wording has a third of the questions.
-        first = plain or (self.varied and self.rng.random() < 1 / 3)
+        # In training the plain wording has a fifth of the questions.
+        first = self.scene.split not in _VARIED or (self.training and self.rng.random() < 1 / 5)
         return (choices[0] if first else self.rng.choice(choices)).format(**parts)
 
     def _cells(self) -> Iterator[tuple[str, ...]]:
         for thing in self.rng.sample(self.scene.things, 2):
-            words = {"rth": ORDINALS[thing.row], "cth": ORDINALS[thing.column]}
-            text = self._word("cell", r=thing.row + 1, c=thing.column + 1, **words)
+            row, column = thing.row, thing.column
+            words = {
+                "rth": ORDINALS[row],
+                "cth": ORDINALS[column],
+                "rw": NUMBERS[row + 1],
+                "cw": NUMBERS[column + 1],
+            }
+            text = self._word("cell", r=row + 1, c=column + 1, **words)
             yield "cell", text, thing.noun.name
 
     def _relations(self, held_out: bool) -> Iterator[tuple[str, ...]]:
@@ -235,9 +248,13 @@ class _Asker:
             and (anchor.noun.name in anchors_held_out()) == held_out
         ]
         for anchor, relation, answer in self.rng.sample(pairs, min(2, len(pairs))):
-            ways = RELATIONS[relation]
-            rel = self.rng.choice(ways) if self.varied else ways[0]
-            yield "relation", self._word("relation", rel=rel, noun=anchor), answer, anchor
+            usual, other = RELATIONS[relation]
+            if self.training and self.rng.random() < 1 / 6:
+                text = self.wordings["relation"][0].format(rel=other, noun=anchor)
+            else:
+                words = {"rel": usual, "Rel": usual.capitalize()}
+                text = self._word("relation", noun=anchor, **words)
+            yield "relation", text, answer, anchor
 
     def _exist(self) -> Iterator[tuple[str, ...]]:
         shown = self.rng.choice(self.scene.things).noun.name
@@ -245,22 +262,25 @@ class _Asker:
         absent = self.rng.choice([n.name for n in nouns() if n.name not in there])
         for noun, answer in ((shown, "yes"), (absent, "no")):
             text = self._word("exist", a=f"{_article(noun)} {noun}")
-            if self.varied and noun in _PLURAL and self.rng.random() < 0.5:
+            if self.training and noun in _PLURAL and self.rng.random() < 0.5:
                 text = text.replace("Is there a ", "Are there any ")
                 text = text.replace(f" a {noun}", f" {noun}")
             yield "exist", text, answer, noun
 
     def _where(self) -> Iterator[tuple[str, ...]]:
         for thing in self.rng.sample(self.scene.things, 2):
-            column = self.varied and self.rng.random() < 1 / 4
+            column = self.training and self.rng.random() < 1 / 4
             axis, index = ("column", thing.column) if column else ("row", thing.row)
             noun = thing.noun.name
-            yield "where", self._word("where", axis=axis, noun=noun), NUMBERS[index + 1], noun
+            words = {"axis": axis, "noun": noun, "a": f"{_article(noun)} {noun}"}
+            yield "where", self._word("where", **words), NUMBERS[index + 1], noun
 
     def _count(self) -> Iterator[tuple[str, ...]]:
         for category in self.rng.sample(sorted(THINGS), 2):
             number = sum(thing.noun.category == category for thing in self.scene.things)
-            yield "count", self._word("count", things=THINGS[category]), NUMBERS[number]
+            things = THINGS[category]
+            words = {"things": things, "Things": things.capitalize()}
+            yield "count", self._word("count", **words), NUMBERS[number]
 
 
 def _article(noun: str) -> str:

@@ -7,12 +7,19 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ipn_core.errors import CheckpointError, DownloadError, UserError
-from ipn_core.locate import locate_weights
+from ipn_core.errors import CheckpointError, UserError, first_line
+from ipn_core.locate import fetch_from_hub, locate_weights
+from ipn_core.pretrained import (
+    load_error,
+    load_pretrained,
+    pickle_error,
+    pickles_in,
+    refuse_misfits,
+)
 
 __all__ = ["TOWERS", "fetch", "load_tower"]
 
@@ -45,15 +52,7 @@ def fetch(name: str) -> Path:
     found = locate_weights(name)
     if isinstance(found, Path):
         return found
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(found, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:
-        raise DownloadError(
-            f"vision weights '{name}' could not be fetched from the hub: {_first(error)} Give a "
-            "folder, or try again online."
-        ) from None
+    return fetch_from_hub(found, ["*.json", "*.safetensors"], f"vision weights '{name}'")
 
 
 def load_tower(folder: Path, dtype: Any) -> Any:
@@ -78,7 +77,7 @@ def load_tower(folder: Path, dtype: Any) -> Any:
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"vision weights '{folder}' have no config.json that transformers can read: "
-                f"{_first(error)}"
+                f"{first_line(error)}"
             ) from None
         config = getattr(whole, "vision_config", None) or whole
         cls = _class_of(config, folder)
@@ -107,46 +106,28 @@ def _class_of(config: Any, folder: Path) -> Any:
 
 
 def _load(cls: Any, folder: Path, config: Any, dtype: Any) -> Any:
-    options = {
-        "config": config,
-        "dtype": dtype,
-        "use_safetensors": True,
-        "output_loading_info": True,
-    }
+    what = f"the vision weights in '{folder}'"
+    if pickles := pickles_in(folder):
+        raise pickle_error(what, ", ".join(pickles))
+    options = {"config": config, "dtype": dtype}
+    tower, misfits = load_pretrained(cls, folder, what, **options)
     try:
-        tower, info = cls.from_pretrained(folder, **options)
-        prefix = _prefix(folder, _lacking(info))
-        if prefix:
-            mapping = {f"^{re.escape(prefix)}": ""}
-            tower, info = cls.from_pretrained(folder, key_mapping=mapping, **options)
-    except Exception as error:
-        pickles = ", ".join(sorted(p.name for p in folder.glob("*.bin")))
-        if pickles and not any(folder.glob("*.safetensors")):
-            raise CheckpointError(
-                f"the vision weights in '{folder}' are pickled ({pickles}), which can run code "
-                "when loaded: refused. Convert them to safetensors first."
-            ) from None
-        raise CheckpointError(
-            f"the vision weights in '{folder}' cannot be loaded: {_first(error)}"
-        ) from None
-    lacking = _lacking(info)
-    if lacking:
-        more = f" and {len(lacking) - 6} more" if len(lacking) > 6 else ""
-        raise CheckpointError(
-            f"the vision weights in '{folder}' do not fit its {cls.__name__}: missing "
-            f"{', '.join(lacking[:6])}{more}."
-        )
+        prefix = _prefix(folder, _needed(misfits))
+    except Exception as error:  # another file of the folder is damaged
+        raise load_error(folder, what, error) from error
+    if prefix:
+        options["key_mapping"] = {f"^{re.escape(prefix)}": ""}
+        tower, misfits = load_pretrained(cls, folder, what, **options)
+    refuse_misfits(_needed(misfits).values(), tower, what)
     return tower
 
 
-def _lacking(info: dict[str, Any]) -> list[str]:
-    return sorted(k for k in info["missing_keys"] if not _UNUSED.search(k))
+def _needed(misfits: dict[str, str]) -> dict[str, str]:
+    return {key: why for key, why in misfits.items() if not _UNUSED.search(key)}
 
 
-def _prefix(folder: Path, lacking: list[str]) -> str:
+def _prefix(folder: Path, lacking: Iterable[str]) -> str:
     """Return what stands before the tower's own names in the files, or an empty text."""
-    if not lacking:
-        return ""
     for name in lacking:
         ends = [key for key in _names(folder) if key.endswith(f".{name}") and "vision" in key]
         if len(ends) == 1:
@@ -182,9 +163,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first(error: Exception) -> str:
-    """Return the first line of an error's text, ending with a full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".") + "."

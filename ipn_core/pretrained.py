@@ -1,0 +1,100 @@
+"""Models of transformers: loaded from safetensors alone, and no tensor is left at random unsaid."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ipn_core.errors import CheckpointError, IPNError, first_line
+from ipn_core.locate import hub_error
+
+__all__ = ["load_error", "load_pretrained", "pickle_error", "pickles_in", "refuse_misfits"]
+
+SHOWN = 6
+"""How many tensors an error names."""
+
+
+def load_pretrained(
+    cls: Any, source: Path | str, what: str, **options: Any
+) -> tuple[Any, dict[str, str]]:
+    """Load a model with transformers, which leaves what it cannot fill at random.
+
+    Args:
+        cls: a model's class or an `AutoModel…`.
+        source: a folder or a hub id.
+        what: names the weights in errors, such as "the weights 'smollm2'".
+        options: further arguments of `from_pretrained`.
+
+    Returns:
+        The model, and for each tensor that the weights do not fill, by name, what is wrong with
+        it; see `refuse_misfits`. A tensor that is tied to one that is there is not among them.
+
+    Raises:
+        CheckpointError: files are missing, damaged, or of no architecture that `cls` takes.
+        UnknownNameError: the hub has no such repository.
+        DownloadError: the hub cannot be reached.
+    """
+    try:
+        model, info = cls.from_pretrained(
+            source,
+            use_safetensors=True,
+            output_loading_info=True,
+            # Else transformers raises at a wrong shape, and does not say of which tensor.
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise load_error(source, what, error) from error
+    misfits = {key: f"missing {key}" for key in sorted(info["missing_keys"])}
+    for key, got, wanted in sorted(info["mismatched_keys"]):
+        misfits[key] = f"{key} has shape {tuple(got)}, the config asks for {tuple(wanted)}"
+    return model, misfits
+
+
+def load_error(source: Path | str, what: str, error: Exception) -> IPNError:
+    """Return what to raise where transformers fails to load something."""
+    found = hub_error(what, error) if isinstance(source, str) else None
+    return found or CheckpointError(
+        f"{what} cannot be loaded: {first_line(error)} Fetch or save them again."
+    )
+
+
+def refuse_misfits(misfits: Collection[str], model: Any, what: str) -> None:
+    """Refuse weights that leave tensors of a model at random.
+
+    Args:
+        misfits: what is wrong with each.
+        model: the model, for its name.
+        what: names the weights.
+
+    Raises:
+        CheckpointError: there are any; the first of them are named.
+    """
+    if misfits:
+        faults = list(misfits)[:SHOWN]
+        if len(misfits) > SHOWN:
+            faults.append(f"and {len(misfits) - SHOWN} more")
+        raise CheckpointError(
+            f"{what} do not fit their config of a {type(model).__name__}: {'; '.join(faults)}. "
+            "Fetch or save them again."
+        )
+
+
+def pickles_in(folder: Path) -> list[str]:
+    """Return the names of a folder's pickled weights, if it has no others."""
+    if any(folder.glob("*.safetensors")):
+        return []
+    return sorted(path.name for path in folder.glob("*.bin"))
+
+
+def pickle_error(what: str, files: str) -> CheckpointError:
+    """Return the refusal of pickled weights."""
+    return CheckpointError(
+        f"{what} are pickled ({files}), which can run code when loaded: refused. Convert them to "
+        "safetensors first."
+    )

@@ -1,0 +1,1 @@
+"""For tests of plugins: a tiny encoder, tiny backbones and interactions, damaged checkpoints."""

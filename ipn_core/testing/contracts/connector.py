@@ -1,0 +1,94 @@
+"""What every `Connector` must do, as tests that a plugin gets by one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ipn_core.features import VisualFeatures
+from ipn_core.stages import Connector, PerceiveContext
+from ipn_core.testing.contracts.clause import clause, same
+from ipn_core.testing.contracts.module import TIGHT, ModuleContract
+from ipn_core.testing.contracts.pictures import SAMPLES, ragged
+from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig
+
+__all__ = ["ConnectorContract"]
+
+
+class ConnectorContract(ModuleContract):
+    """Subclass it and name the connector: `class TestMine(ConnectorContract): name = "mine"`."""
+
+    kind = "perceiver"
+
+    def new(self, **more: Any) -> Connector:
+        """A new one over a tiny encoder of width Dv."""
+        encoder = TinyEncoder(TinyEncoderConfig(width=self.dims().Dv)).requires_grad_(False)
+        made: Connector = self.make({**self.options, **more}, self.dims(), encoder)
+        return made
+
+    def tokens(self, module: nn.Module, features: VisualFeatures) -> Sequence[Tensor]:
+        """The static tokens of each picture, (S, D_in) each."""
+        questions = [f"What is number {row}?" for row in range(features.batch)]
+        percept = module(PerceiveContext([[]] * features.batch, questions, features))
+        tokens: Sequence[Tensor] = percept.tokens
+        return tokens
+
+    def result(self, module: nn.Module) -> Tensor:
+        """All tokens of a ragged batch, one after the other."""
+        return torch.cat(list(self.tokens(module, ragged(self.dims().Dv))))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+    def test_shape_and_dtype(self, dtype: torch.dtype) -> None:
+        """Each picture gets (S, D_in) tokens in the dtype of the weights."""
+        with clause(
+            "shape and dtype",
+            "return one (S, D_in) tensor a picture, in the order of `features.images`; S is the "
+            "property `static_tokens`, or anything where that is None.",
+        ):
+            module = self.build().to(dtype)
+            seen = ragged(self.dims().Dv)
+            tokens = self.tokens(module, seen.to(dtype=dtype))
+            assert len(tokens) == len(seen.images), f"{len(tokens)} for {len(seen.images)} pictures"
+            for one in tokens:
+                assert one.ndim == 2, f"tokens have {one.ndim} dimensions, expected (S, D_in)"
+                count, width = one.shape
+                wanted = module.static_tokens
+                assert wanted in (None, count), f"{count} tokens, `static_tokens` says {wanted}"
+                assert width == self.dims().D_in, f"tokens are {width} wide, not {self.dims().D_in}"
+                assert one.dtype == dtype, f"tokens are {one.dtype}, not {dtype}"
+                assert bool(one.isfinite().all()), "tokens are not finite"
+
+    def test_pictures_do_not_mix(self) -> None:
+        """Alone and in a batch a picture gets the same tokens."""
+        with clause("pictures do not mix", "let no picture's tokens depend on another picture."):
+            module = self.build()
+            flat = [one for pictures in SAMPLES for one in pictures]
+            together = self.tokens(module, ragged(self.dims().Dv))
+            for number, tokens in zip(flat, together, strict=True):
+                (alone,) = self.tokens(module, ragged(self.dims().Dv, ((number,),)))
+                same(tokens, alone, TIGHT)
+
+    def test_samples_may_share_a_picture(self) -> None:
+        """Samples that share a picture's patches get what copies of them would get."""
+        with clause(
+            "samples may share a picture",
+            "take a picture's patches from values[span.offset : span.offset + span.length]; spans "
+            "of several samples may name the same ones.",
+        ):
+            module = self.build()
+            once = ragged(self.dims().Dv, ((0,), (1,)))
+            tokens = self.tokens(module, once.select([0, 1, 0]))
+            first, second = self.tokens(module, once)
+            for found, expected in zip(tokens, (first, second, first), strict=True):
+                same(found, expected, TIGHT)
+
+    def test_the_picture_decides(self) -> None:
+        """Another picture gives other tokens."""
+        with clause("the picture decides", "let the tokens depend on the features."):
+            first, second = self.tokens(self.build(), ragged(self.dims().Dv, ((0,), (1,))))
+            shapes_differ = first.shape != second.shape
+            assert shapes_differ or not torch.allclose(first, second, rtol=1e-4), "they are equal"

@@ -1,0 +1,255 @@
+"""The contracts of requesters, injectors and connectors bite, clause by clause."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from clauses import check, clauses, contract
+from torch import nn
+
+from ipn_core.builtin.injectors import TokenInjector
+from ipn_core.builtin.requesters import HiddenState
+from ipn_core.config import Config
+from ipn_core.stages import Connector, Injection, Request
+from ipn_core.testing.contracts import (
+    ConnectorContract,
+    ContractError,
+    InjectorContract,
+    RequesterContract,
+)
+
+
+class OpenConfig(Config):
+    model_config = {"extra": "allow"}  # noqa: RUF012 as a careless author writes it
+    layer: int = -1
+    hidden: int = 0
+
+
+class ClosedConfig(Config):
+    width: int = 1
+
+
+# -- breaks that every kind can have: each takes a good class and returns a bad one --------------
+
+
+def noisy(good: type) -> type:
+    return wrapped(good, lambda module, x: x + torch.randn_like(x))
+
+
+def unused(good: type) -> type:
+    def init(self: Any, *arguments: Any) -> None:
+        good.__init__(self, *arguments)
+        self.spare = nn.Linear(2, 2)
+
+    return type("Unused", (good,), {"__init__": init})
+
+
+def forgets(good: type) -> type:
+    def init(self: Any, *arguments: Any) -> None:
+        good.__init__(self, *arguments)
+        self.offset = float(torch.randn(()))
+
+    return type("Forgets", (wrapped(good, lambda m, x: x + m.offset),), {"__init__": init})
+
+
+def compiled(good: type) -> type:
+    return wrapped(good, lambda module, x: x + 1 if torch.compiler.is_compiling() else x)
+
+
+def float_only(good: type) -> type:
+    return wrapped(good, lambda module, x: x.float())
+
+
+def narrow(good: type) -> type:
+    return wrapped(good, lambda module, x: x[..., 1:])
+
+
+def mixes(good: type) -> type:
+    return wrapped(good, lambda module, x: x + x[:1])
+
+
+def deaf(good: type) -> type:
+    return wrapped(good, lambda module, x: x * 0 + 1)
+
+
+def open_keys(good: type) -> type:
+    return type("OpenKeys", (good,), {"Config": OpenConfig})
+
+
+def wrapped(good: type, change: Any) -> type:
+    """A class whose tensors are changed on the way out."""
+
+    def forward(self: Any, *arguments: Any) -> Any:
+        result = good.forward(self, *arguments)
+        if isinstance(result, Request):
+            return Request(change(self, result.values))
+        return Injection(change(self, result.tokens))
+
+    return type("Wrapped", (good,), {"forward": forward})
+
+
+class OwnRequester(HiddenState):
+    """A hidden state through a linear map."""
+
+    def __init__(self, config: Any, dims: Any) -> None:
+        super().__init__(config, dims)
+        self.map = nn.Linear(super().width, super().width)
+
+    def forward(self, context: Any) -> Request:
+        return Request(self.map(context.hidden))
+
+
+def nowhere(good: type) -> type:
+    return type("Nowhere", (good,), {"layer": property(lambda self: 7)})
+
+
+COMMON = {
+    "test_shape_and_dtype": (float_only, "torch.float32, not torch.bfloat16"),
+    "test_every_parameter_learns": (unused, "'spare.weight' gets no gradient"),
+    "test_eval_mode_is_deterministic": (noisy, "two calls in eval mode differ"),
+    "test_state_dict_round_trip": (forgets, "differ by"),
+    "test_it_compiles": (compiled, "differ by"),
+    "test_config_is_closed": (open_keys, "'no_such_option' was taken"),
+}
+BREAKS: dict[type, tuple[type, dict[str, tuple[Any, str]]]] = {
+    RequesterContract: (OwnRequester, {**COMMON, "test_its_layer_exists": (nowhere, "IndexError")}),
+    InjectorContract: (
+        TokenInjector,
+        {
+            **COMMON,
+            "test_order_of_the_batch": (mixes, "differ by"),
+            "test_the_message_decides": (deaf, "both tokens are equal"),
+        },
+    ),
+}
+CASES = [(base, name) for base, (_, breaks) in BREAKS.items() for name in breaks]
+
+
+@pytest.mark.parametrize(("base", "name"), CASES)
+def test_a_good_stage_keeps_the_clause(base: type, name: str) -> None:
+    check(contract(base, BREAKS[base][0]), name)
+
+
+@pytest.mark.parametrize(("base", "name"), CASES)
+def test_a_broken_stage_is_told_the_clause_and_the_mend(base: type, name: str) -> None:
+    good, breaks = BREAKS[base]
+    breaking, seen = breaks[name]
+    target = type(f"{breaking.__name__}{good.__name__}", (breaking(good),), {})
+    with pytest.raises(ContractError, match=rf"(?s)clause '.*{seen}.*What to do: "):
+        check(contract(base, target), name)
+
+
+@pytest.mark.parametrize("base", BREAKS)
+def test_every_clause_has_a_stage_that_breaks_it(base: type) -> None:
+    # Imports are the same clause for all kinds; the interactions' tests break it.
+    assert set(BREAKS[base][1]) == set(clauses(base)) - {"test_imports_are_cheap"}
+
+
+# -- connectors ------------------------------------------------------------------------------------
+
+
+class Linear(Connector):
+    """One token a patch."""
+
+    Config = ClosedConfig
+
+    def __init__(self, config: Any, dims: Any, encoder: Any) -> None:
+        super().__init__(config, dims, encoder)
+        self.linear = nn.Linear(dims.Dv, dims.D_in)
+
+    @property
+    def static_tokens(self) -> int | None:
+        return None
+
+    def connect(self, features: Any, context: Any) -> list[torch.Tensor]:
+        tokens = self.linear(features.values)
+        return [tokens[s.offset : s.offset + s.length] for s in features.images]
+
+
+class Float(Linear):
+    def connect(self, features: Any, context: Any) -> list[torch.Tensor]:
+        return [t.float() for t in super().connect(features, context)]
+
+
+class Miscounts(Linear):
+    static_tokens = 3
+
+
+class Spare(Linear):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.spare = nn.Linear(2, 2)
+
+
+class Noise(Linear):
+    def connect(self, features: Any, context: Any) -> list[torch.Tensor]:
+        return [t + torch.randn_like(t) for t in super().connect(features, context)]
+
+
+class Loses(Linear):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.offset = float(torch.randn(()))
+
+    def connect(self, features: Any, context: Any) -> list[torch.Tensor]:
+        return [t + self.offset for t in super().connect(features, context)]
+
+
+class Compiles(Linear):
+    def connect(self, features: Any, context: Any) -> list[torch.Tensor]:
+        more = 1 if torch.compiler.is_compiling() else 0
+        return [t + more for t in super().connect(features, context)]
+
+
+class Blends(Linear):
+    def connect(self, features: Any, context: Any) -> list[torch.Tensor]:
+        mean = self.linear(features.values).mean(0)
+        return [t + mean for t in super().connect(features, context)]
+
+
+class Splits(Linear):
+    def connect(self, features: Any, context: Any) -> list[torch.Tensor]:
+        lengths = [s.length for s in features.images]
+        return list(self.linear(features.values).split(lengths))
+
+
+class Blind(Linear):
+    def connect(self, features: Any, context: Any) -> list[torch.Tensor]:
+        return [t[:1] * 0 + 1 for t in super().connect(features, context)]
+
+
+class OpenConnector(Linear):
+    Config = OpenConfig
+
+
+CONNECTORS = {
+    Float: ("test_shape_and_dtype", "torch.float32, not torch.bfloat16"),
+    Miscounts: ("test_shape_and_dtype", "6 tokens, `static_tokens` says 3"),
+    Spare: ("test_every_parameter_learns", "'spare.weight' gets no gradient"),
+    Noise: ("test_eval_mode_is_deterministic", "two calls in eval mode differ"),
+    Loses: ("test_state_dict_round_trip", "differ by"),
+    Compiles: ("test_it_compiles", "differ by"),
+    Blends: ("test_pictures_do_not_mix", "differ by"),
+    Splits: ("test_samples_may_share_a_picture", "split_sizes"),
+    Blind: ("test_the_picture_decides", "they are equal"),
+    OpenConnector: ("test_config_is_closed", "'no_such_option' was taken"),
+}
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in CONNECTORS.values()}))
+def test_a_good_connector_keeps_the_clause(name: str) -> None:
+    check(contract(ConnectorContract, Linear), name)
+
+
+@pytest.mark.parametrize("target", CONNECTORS, ids=lambda t: t.__name__)
+def test_a_broken_connector_is_told_the_clause_and_the_mend(target: type) -> None:
+    name, seen = CONNECTORS[target]
+    with pytest.raises(ContractError, match=rf"(?s)clause '.*{seen}.*What to do: "):
+        check(contract(ConnectorContract, target), name)
+
+
+def test_every_clause_has_a_connector_that_breaks_it() -> None:
+    broken = {name for name, _ in CONNECTORS.values()}
+    assert broken == set(clauses(ConnectorContract)) - {"test_imports_are_cheap"}
