@@ -342,6 +342,8 @@ class Engine:
         """Give a part its rows of the cache; returns its embeddings (n, L, D_in)."""
         if part.parents != list(range(len(state.mask))):
             state.select(part.parents)
+        if part.order is None:
+            return embeds
         rows = torch.tensor(part.rows, device=embeds.device)
         return embeds[rows[:, None], part.order.to(embeds.device)]
 

@@ -30,13 +30,14 @@ class Part:
         rows: (n) a row of the batch that begins so.
         parents: (n) which beginning of the part before each goes on from.
         order: (n, L) which position of its row's segment stands where; any where there is padding.
+            None where every row stands as it is.
         mask: (n, L) True for real tokens.
         padded: whether any position is padding; known without a device sync.
     """
 
     rows: list[int]
     parents: list[int]
-    order: Tensor
+    order: Tensor | None
     mask: Tensor
     padded: bool
 
@@ -44,8 +45,7 @@ class Part:
 def undivided(segment: Segment) -> tuple[list[Part], list[int]]:
     """Return a segment as one part in which every row stands for itself, and the rows."""
     rows = list(range(len(segment.ids)))
-    order = torch.arange(segment.length).expand(len(rows), -1)
-    return [Part(rows, rows, order, segment.mask, segment.padded)], rows
+    return [Part(rows, rows, None, segment.mask, segment.padded)], rows
 
 
 def divide(

@@ -13,10 +13,10 @@ from ipn_core.stages import Dims
 from ipn_core.testing.contracts.clause import clause, same
 from ipn_core.testing.contracts.component import ComponentContract
 
-__all__ = ["LOOSE", "TIGHT", "ModuleContract"]
+__all__ = ["TIGHT", "ModuleContract"]
 
-TIGHT, LOOSE = 1e-4, 5e-2
-"""Of the largest number: in float32, and in bfloat16."""
+TIGHT = 1e-4
+"""Of the largest number, in float32."""
 
 
 class ModuleContract(ComponentContract):
