@@ -150,7 +150,9 @@ class Guide(nn.Module):
         if not count:
             return 0.0
         kinds = F.normalize(self.kinds(asked).unflatten(-1, (count, -1)), dim=-1)
-        image = features.spread(F.normalize(self.kind_patch(patches), dim=-1))
+        # What patches show, in the space in which they were aligned with what requests name.
+        shown = self.image(patches) * self.config.width**0.5
+        image = features.spread(F.normalize(self.kind_patch(shown), dim=-1))
         scores = 2 * _SHARPNESS * torch.einsum("bkw,bpw->bkp", kinds, image)
         are = (scores + self.threshold[:, None]).sigmoid()
         totals = are.masked_fill(~features.mask.unsqueeze(1), 0).sum(-1)

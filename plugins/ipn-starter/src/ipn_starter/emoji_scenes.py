@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ipn_core.errors import DataError
 from ipn_core.tasks import Example, Picture, Task
@@ -21,7 +21,20 @@ from ipn_starter.wordings import DEVELOPMENT, HELD_OUT, ORDINALS, RELATIONS, TRA
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
-__all__ = ["NUMBERS", "EmojiScenes", "Noun", "Placed", "Scene", "anchors_held_out", "draw", "nouns"]
+__all__ = [
+    "NUMBERS",
+    "SIDE",
+    "STEPS",
+    "Asker",
+    "EmojiScenes",
+    "Noun",
+    "Placed",
+    "Scene",
+    "anchors_held_out",
+    "article",
+    "draw",
+    "nouns",
+]
 
 SIDE = 4
 """Cells a side."""
@@ -40,7 +53,7 @@ _SCENES = {
 _SPLIT_WORDINGS = {"val-paraphrase": DEVELOPMENT, "paraphrase": HELD_OUT}
 _VARIED = {"train", *_SPLIT_WORDINGS}
 """Splits that draw among their wordings; the others use the plain one."""
-_STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
+STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 _PLURAL = {"grapes", "cherries", "scissors", "glasses"}
 
 
@@ -79,7 +92,14 @@ class Scene:
         split, number, seed: what it follows from.
         tint: the background, RGB.
         things: what is on the board, 6 to 12 different nouns.
+        task: the scenes that it is one of.
+        cell: pixels a side of a cell.
+        off: pixels that a thing is off its cell's centre, at most.
     """
+
+    task: ClassVar[str] = "emoji-scenes"
+    cell: ClassVar[int] = CELL
+    off: ClassVar[int] = 4
 
     split: str
     number: int
@@ -88,14 +108,15 @@ class Scene:
     things: tuple[Placed, ...]
 
     @classmethod
-    def make(cls, split: str, number: int, seed: int = 0) -> Scene:
+    def make(cls, split: str, number: int, seed: int = 0) -> Self:
         """Make the scene of this number."""
-        rng = random.Random(f"emoji-scenes/{split}/{seed}/{number}")
+        rng = random.Random(f"{cls.task}/{split}/{seed}/{number}")
         chosen = rng.sample(nouns(), rng.randint(6, 12))
         cells = rng.sample([(r, c) for r in range(SIDE) for c in range(SIDE)], len(chosen))
         tint = (rng.randint(225, 255), rng.randint(225, 255), rng.randint(225, 255))
+        off = (-cls.off, cls.off)
         things = tuple(
-            Placed(noun, *cell, rng.randint(40, 48), (rng.randint(-4, 4), rng.randint(-4, 4)))
+            Placed(noun, *cell, rng.randint(40, 48), (rng.randint(*off), rng.randint(*off)))
             for noun, cell in zip(chosen, cells, strict=True)
         )
         return cls(split, number, seed, tint, things)
@@ -103,11 +124,15 @@ class Scene:
     @property
     def name(self) -> str:
         """Says the same of the same picture."""
-        return f"emoji-scenes/{self.split}/{self.seed}/{self.number}"
+        return f"{self.task}/{self.split}/{self.seed}/{self.number}"
 
     def at(self, row: int, column: int) -> Placed | None:
         """Return what is in a cell, or None."""
         return next((t for t in self.things if (t.row, t.column) == (row, column)), None)
+
+    def ask(self, rng: random.Random) -> Iterator[tuple[str, ...]]:
+        """Yield what `Asker.ask` does, in the wordings of the split."""
+        return Asker(self, rng).ask()
 
 
 @functools.cache
@@ -124,14 +149,15 @@ def anchors_held_out() -> frozenset[str]:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Draw a scene: RGB, 256×256."""
+    """Draw a scene: RGB, four cells a side."""
     from PIL import Image
 
-    image = Image.new("RGB", (SIDE * CELL, SIDE * CELL), scene.tint)
+    cell = scene.cell
+    image = Image.new("RGB", (SIDE * cell, SIDE * cell), scene.tint)
     for thing in scene.things:
         sprite = _sprite(thing.noun.emoji, thing.size)
-        x = thing.column * CELL + (CELL - sprite.width) // 2 + thing.shift[0]
-        y = thing.row * CELL + (CELL - sprite.height) // 2 + thing.shift[1]
+        x = thing.column * cell + (cell - sprite.width) // 2 + thing.shift[0]
+        y = thing.row * cell + (cell - sprite.height) // 2 + thing.shift[1]
         image.paste(sprite, (x, y), sprite)
     return image
 
@@ -160,6 +186,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 class EmojiScenes(Task):
     """About ten questions a scene, two of each kind where the scene allows them.
 
+    In training every scene is counted in all four kinds of thing: that one picture gives several
+    numbers is what teaches that its kinds are to be told apart.
+
     Splits: `train`, with many wordings; `val` and `test`, plain wordings; `val-paraphrase` and
     `paraphrase`, wordings that training never uses; `composition`, relation questions about nouns
     that training never uses as the anchor of one. Only `val` and `val-paraphrase` are to be looked
@@ -169,12 +198,14 @@ class EmojiScenes(Task):
     splits = ("train", "val", "val-paraphrase", "test", "paraphrase", "composition")
     default_split = "test"
     test_splits = ("test", "paraphrase", "composition")
+    sizes: ClassVar[dict[str, int]] = _SCENES
+    scene: ClassVar[type[Scene]] = Scene
 
     def __init__(self, scenes: int | None = None, seed: int = 0) -> None:
         """Choose how many.
 
         Args:
-            scenes: pictures of the split, by default 12,000 to train on and 300 to 800 else.
+            scenes: pictures of the split, by default what `sizes` says.
             seed: another seed gives other pictures and questions of the same kind.
         """
         if scenes is not None and scenes < 1:
@@ -185,8 +216,8 @@ class EmojiScenes(Task):
     def examples(self, split: str) -> Sequence[Example]:
         """Return the questions of a split, scene by scene."""
         self.check_split(split)
-        count = self.scenes or _SCENES[split]
-        scenes = (Scene.make(split, number, self.seed) for number in range(count))
+        count = self.scenes or self.sizes[split]
+        scenes = (self.scene.make(split, number, self.seed) for number in range(count))
         return [example for scene in scenes for example in questions(scene)]
 
 
@@ -197,11 +228,11 @@ def questions(scene: Scene) -> list[Example]:
     shown = tuple(thing.noun.name for thing in scene.things)
     return [
         Example(text, (answer,), (picture,), kind, tuple(named), shown)
-        for kind, text, answer, *named in _Asker(scene, rng).ask()
+        for kind, text, answer, *named in scene.ask(rng)
     ]
 
 
-class _Asker:
+class Asker:
     """Asks about one scene, in the wordings of its split."""
 
     def __init__(self, scene: Scene, rng: random.Random) -> None:
@@ -227,8 +258,8 @@ class _Asker:
         first = self.scene.split not in _VARIED or (self.training and self.rng.random() < 1 / 5)
         return (choices[0] if first else self.rng.choice(choices)).format(**parts)
 
-    def _cells(self) -> Iterator[tuple[str, ...]]:
-        for thing in self.rng.sample(self.scene.things, 2):
+    def _cells(self, count: int = 2) -> Iterator[tuple[str, ...]]:
+        for thing in self.rng.sample(self.scene.things, count):
             row, column = thing.row, thing.column
             words = {
                 "rth": ORDINALS[row],
@@ -243,25 +274,26 @@ class _Asker:
         pairs = [
             (anchor.noun.name, relation, found.noun.name)
             for anchor in self.scene.things
-            for relation, (down, right) in _STEPS.items()
+            for relation, (down, right) in STEPS.items()
             if (found := self.scene.at(anchor.row + down, anchor.column + right))
             and (anchor.noun.name in anchors_held_out()) == held_out
         ]
         for anchor, relation, answer in self.rng.sample(pairs, min(2, len(pairs))):
-            usual, other = RELATIONS[relation]
-            if self.training and self.rng.random() < 1 / 6:
-                text = self.wordings["relation"][0].format(rel=other, noun=anchor)
-            else:
-                words = {"rel": usual, "Rel": usual.capitalize()}
-                text = self._word("relation", noun=anchor, **words)
-            yield "relation", text, answer, anchor
+            yield "relation", self._beside(relation, anchor), answer, anchor
+
+    def _beside(self, relation: str, anchor: str) -> str:
+        """Ask what is beside a noun, or whatever else `the` may stand before."""
+        usual, other = RELATIONS[relation]
+        if self.training and self.rng.random() < 1 / 6:
+            return self.wordings["relation"][0].format(rel=other, noun=anchor)
+        return self._word("relation", noun=anchor, rel=usual, Rel=usual.capitalize())
 
     def _exist(self) -> Iterator[tuple[str, ...]]:
         shown = self.rng.choice(self.scene.things).noun.name
         there = {thing.noun.name for thing in self.scene.things}
         absent = self.rng.choice([n.name for n in nouns() if n.name not in there])
         for noun, answer in ((shown, "yes"), (absent, "no")):
-            text = self._word("exist", a=f"{_article(noun)} {noun}")
+            text = self._word("exist", a=f"{article(noun)} {noun}")
             if self.training and noun in _PLURAL and self.rng.random() < 0.5:
                 text = text.replace("Is there a ", "Are there any ")
                 text = text.replace(f" a {noun}", f" {noun}")
@@ -272,16 +304,17 @@ class _Asker:
             column = self.training and self.rng.random() < 1 / 4
             axis, index = ("column", thing.column) if column else ("row", thing.row)
             noun = thing.noun.name
-            words = {"axis": axis, "noun": noun, "a": f"{_article(noun)} {noun}"}
+            words = {"axis": axis, "noun": noun, "a": f"{article(noun)} {noun}"}
             yield "where", self._word("where", **words), NUMBERS[index + 1], noun
 
     def _count(self) -> Iterator[tuple[str, ...]]:
-        for category in self.rng.sample(sorted(THINGS), 2):
+        for category in self.rng.sample(sorted(THINGS), len(THINGS) if self.training else 2):
             number = sum(thing.noun.category == category for thing in self.scene.things)
             things = THINGS[category]
             words = {"things": things, "Things": things.capitalize()}
             yield "count", self._word("count", **words), NUMBERS[number]
 
 
-def _article(noun: str) -> str:
+def article(noun: str) -> str:
+    """Return the article of a noun in the singular."""
     return "an" if noun[0] in "aeiou" else "a"
