@@ -22,7 +22,8 @@ class Answer:
         attentions: the same for every look, (rounds, K, P), or None.
         grids: the (h, w) of each picture that the last look saw; their products add up to P.
         seconds: by stage, to the first token and in total; shared by the answers of one batch.
-        tokens: positions that the LLM processed, by kind.
+        tokens: positions that the LLM processed, by kind; none for a message that was put straight
+            into its cache or between its layers.
     """
 
     text: str

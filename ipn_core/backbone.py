@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ipn_core.config import BackboneConfig
     from ipn_core.plugins import Registry
 
-__all__ = ["Backbone", "Extended", "LayerCallback"]
+__all__ = ["Backbone", "Extended", "LayerCallback", "load_tokenizer"]
 
 LayerCallback = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, hidden (B, T, D), positions (B, T)) -> the hidden states that the layer shall read."""
@@ -67,7 +67,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def load(cls, config: BackboneConfig, registry: Registry | None = None) -> Self:
-        """Load weights and tokenizer from a known name, a folder or a hub id.
+        """Load weights and tokenizer from a known name, a folder, a hub id or an import.
 
         Args:
             config: names them.
@@ -81,7 +81,9 @@ class Backbone(nn.Module):
         """
         from transformers import AutoModelForCausalLM
 
+        from ipn_core.importing import find_import
         from ipn_core.locate import locate_weights
+        from ipn_core.plugins import get_registry
         from ipn_core.pretrained import load_pretrained, pickle_error, pickles_in, refuse_misfits
 
         if config.weights is None:
@@ -89,14 +91,17 @@ class Backbone(nn.Module):
                 "backbone.weights is missing: give a name of 'ipn models list', a folder or a "
                 "hub id."
             )
-        source = locate_weights(config.weights, registry)
         what = f"the weights '{config.weights}'"
+        dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        imported = find_import(config.weights, registry or get_registry())
+        if imported is not None:
+            return cls(imported.language_model(dtype), load_tokenizer(imported.folder, what))
+        source = locate_weights(config.weights, registry)
         if isinstance(source, Path) and pickles_in(source):
             raise pickle_error(what, "*.bin")
-        dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         lm, misfits = load_pretrained(AutoModelForCausalLM, source, what, dtype=dtype)
         refuse_misfits(misfits.values(), lm, what)
-        return cls(lm, _load_tokenizer(source, what))
+        return cls(lm, load_tokenizer(source, what))
 
     # -- sizes -----------------------------------------------------------------------------------
 
@@ -115,6 +120,19 @@ class Backbone(nn.Module):
         """Width of the hidden states by layer; the last entry is after the final norm."""
         width = int(self.lm.config.hidden_size)
         return (*[width] * len(self.layers), self.D_out)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads of each layer."""
+        config = self.lm.config
+        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        config = self.lm.config
+        width = getattr(config, "head_dim", None)
+        return int(width or config.hidden_size // config.num_attention_heads)
 
     @property
     def max_positions(self) -> int:
@@ -211,6 +229,42 @@ class Backbone(nn.Module):
         hidden = {i: output.hidden_states[i] for i in inner}
         return Extended(output.last_hidden_state, hidden)
 
+    @property
+    def takes_keys(self) -> bool:
+        """Whether `remember` works: whether the family says how keys carry their positions."""
+        return type(self).place_keys is not Backbone.place_keys
+
+    def place_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Give keys the code of their positions, as far as this family keeps it in the cache.
+
+        Args:
+            keys: (B, layers, C, H_kv, D_head) as the layers' key projections give them.
+            positions: (B, C) where they stand.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say how keys carry positions; override place_keys"
+        )
+
+    def remember(self, keys: Tensor, values: Tensor, positions: Tensor, cache: Cache) -> None:
+        """Put keys and values straight into a cache, for tokens that are never processed.
+
+        Args:
+            keys: (B, layers, C, H_kv, D_head) without positions.
+            values: the same shape.
+            positions: (B, C) where they stand.
+            cache: holds something already; grows by C.
+        """
+        before = int(cache.get_seq_length())
+        placed, values = self.place_keys(keys, positions).transpose(2, 3), values.transpose(2, 3)
+        for layer in range(len(self.layers)):
+            held: Any = cache.layers[layer]
+            cache.update(placed[:, layer].to(held.keys), values[:, layer].to(held.values), layer)
+        grown = {int(cache.get_seq_length(layer)) - before for layer in range(len(self.layers))}
+        if grown != {keys.shape[2]}:
+            raise AssertionError(
+                f"the key-value cache grew by {grown} over {keys.shape[2]} positions"
+            )
+
     def logits(self, last: Tensor) -> Tensor:
         """Apply the language head: (…, D_out) -> (…, vocabulary), in fp32."""
         scores: Tensor = self.lm.get_output_embeddings()(last)
@@ -252,8 +306,17 @@ class Backbone(nn.Module):
             )
 
 
-def _load_tokenizer(source: Path | str, what: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside some weights."""
+def load_tokenizer(source: Path | str, what: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside some weights.
+
+    Args:
+        source: a folder or a hub id.
+        what: names the weights in errors, such as "the weights 'smollm2'".
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        UserError: the hub has no such repository, or cannot be reached.
+    """
     from transformers import AutoTokenizer
 
     from ipn_core.locate import hub_error

@@ -2,11 +2,13 @@
 
 A model folder is one checkpoint, or a folder with an index `models.json` that names several, one
 a strategy: `{"default": "rvii", "strategies": ["rvii", "static"]}`, each in a folder of its name.
+A model may also come from a published checkpoint of another format; see `ipn_core.importing`.
 """
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +19,7 @@ from torch import Tensor
 from ipn_core.config import IPNConfig
 from ipn_core.errors import CheckpointError, ConfigError, near
 from ipn_core.files import atomic_write
+from ipn_core.importing import Imported, find_import
 from ipn_core.locate import PICKLES, locate_model
 from ipn_core.plugins import Registry, get_registry
 
@@ -31,8 +34,10 @@ __all__ = [
     "CONFIG",
     "INDEX",
     "WEIGHTS",
+    "Source",
     "load",
     "load_state",
+    "open_source",
     "read_config",
     "save",
     "strategies_of",
@@ -78,28 +83,98 @@ def load(
 ) -> Model:
     """Load a model; see `IPN.from_pretrained`."""
     registry = registry or get_registry()
-    folder = locate_model(source, registry)
-    there = strategies_of(folder)
-    chosen = interact or next(iter(there))
-    trained = chosen in there
+    found = open_source(source, registry)
+    chosen = interact or found.strategies[0]
+    trained = chosen in found.strategies
     if not trained and not untrained:
         raise CheckpointError(
             f"model '{source}' has no trained weights for interaction '{chosen}': it has "
-            f"{', '.join(there)}{near(chosen, there)}. Choose one of them, train it with "
-            "'ipn train', or pass --untrained."
+            f"{', '.join(found.strategies)}{near(chosen, found.strategies)}. Choose one of them, "
+            "train it with 'ipn train', or pass --untrained."
         )
-    config = read_config(there[chosen if trained else next(iter(there))], registry)
-    if not trained:
+    if trained:
+        config = found.config(chosen, registry)
+    else:
         registry.get("strategy", chosen)
-        base = config.model_dump(mode="json", exclude_none=True)
-        kept = {k: base[k] for k in ("backbone", "encoder", "prompt")}
-        config = IPNConfig.resolve({**kept, "strategy": chosen}, registry, "config")
+        config = IPNConfig.resolve({**found.base(registry), "strategy": chosen}, registry, "config")
     model = cls.from_config(
         config, backbone=backbone, encoder=encoder, registry=registry, name=str(source)
     )
     if trained:
-        load_state(model, read_weights(there[chosen] / WEIGHTS), str(there[chosen] / WEIGHTS))
+        found.fill(model, chosen)
     return model
+
+
+class Source(ABC):
+    """Where a model comes from.
+
+    Attributes:
+        strategies: those that it has weights for, the default one first.
+    """
+
+    strategies: tuple[str, ...]
+
+    @abstractmethod
+    def config(self, strategy: str, registry: Registry) -> IPNConfig:
+        """Return the config of one of its strategies."""
+
+    def base(self, registry: Registry) -> dict[str, Any]:
+        """Return what a model with other stages takes over: backbone, encoder and prompt."""
+        config = self.config(self.strategies[0], registry)
+        values = config.model_dump(mode="json", exclude_none=True)
+        return {key: values[key] for key in ("backbone", "encoder", "prompt")}
+
+    @abstractmethod
+    def fill(self, model: IPN, strategy: str) -> None:
+        """Put the weights of a strategy into a model made from its config.
+
+        Raises:
+            CheckpointError: they do not fit; the model is left as it was.
+        """
+
+
+class _Folder(Source):
+    """A model folder of ours."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folders = strategies_of(folder)
+        self.strategies = tuple(self._folders)
+
+    def config(self, strategy: str, registry: Registry) -> IPNConfig:
+        return read_config(self._folders[strategy])
+
+    def fill(self, model: IPN, strategy: str) -> None:
+        weights = self._folders[strategy] / WEIGHTS
+        load_state(model, read_weights(weights), str(weights))
+
+
+class _Import(Source):
+    """A published checkpoint, through an importer."""
+
+    def __init__(self, imported: Imported, registry: Registry) -> None:
+        self._imported = imported
+        self._config = imported.config(registry)
+        self.strategies = (self._config.strategy or imported.name.partition(":")[0],)
+
+    def config(self, strategy: str, registry: Registry) -> IPNConfig:
+        return self._config
+
+    def fill(self, model: IPN, strategy: str) -> None:
+        load_state(model, self._imported.state(model), self._imported.name)
+
+
+def open_source(name: str | Path, registry: Registry) -> Source:
+    """Find a model by known name, folder, hub id, or `importer:source`.
+
+    Raises:
+        UnknownNameError: there is nothing of that name.
+        CheckpointError: it is no model, damaged, or pickled.
+        DownloadError: it could not be fetched.
+    """
+    imported = find_import(name, registry)
+    if imported is not None:
+        return _Import(imported, registry)
+    return _Folder(locate_model(name, registry))
 
 
 def strategies_of(folder: Path) -> dict[str, Path]:
@@ -149,7 +224,7 @@ def strategies_of(folder: Path) -> dict[str, Path]:
     )
 
 
-def read_config(folder: Path, registry: Registry) -> IPNConfig:
+def read_config(folder: Path) -> IPNConfig:
     """Read and validate a checkpoint's config."""
     path = folder / CONFIG
     content = _read_json(_inside(folder, path))

@@ -122,7 +122,7 @@ class Layout(Config):
     Attributes:
         order: where the pictures, the text and the look of `ask(image, question)` stand.
             Interleaved prompts order pictures and text themselves; the look follows them.
-        rounds: request rounds a turn, 0 for strategies that need no request.
+        rounds: request rounds a turn, 0 for strategies that need no request at `<img-q>`.
         request: request tokens R a round.
         request_init: words whose embeddings the R slots of `<img-q>` start as, R tokens in all;
             none for the mean word. An LLM goes on from a word such as "row" with what the question
@@ -135,7 +135,7 @@ class Layout(Config):
     rounds: int = Field(default=1, ge=0, le=16)
     request: int = Field(default=1, ge=1, le=64)
     request_init: tuple[str, ...] = ()
-    dynamic: int = Field(default=5, ge=1, le=1024)
+    dynamic: int = Field(default=5, ge=0, le=1024)
 
     @model_validator(mode="after")
     def _all_three(self) -> Self:
@@ -145,13 +145,30 @@ class Layout(Config):
 
 
 class PromptConfig(Config):
-    """What stands around the user's words.
+    """What stands around the user's words and pictures.
 
     Attributes:
         system: the system message, None for the chat template's own.
+        template: a Jinja chat template over messages of `role`, `content` (a text) and
+            `image_first` (whether a picture begins it), which wins over the tokenizer's; None for
+            the tokenizer's or the backbone's own.
+        before_image: text right before every picture; special tokens in it count as such.
+        after_image: text right after every picture, likewise.
+        before_next_image: text right before a picture with nothing between it and the one before;
+            None for `before_image`.
+        images_first: whether all pictures stand before the rendered template, instead of where the
+            user showed them in it.
+        add_special_tokens: whether the tokenizer puts its own special tokens around the rendered
+            template, for one that names none.
     """
 
     system: str | None = None
+    template: str | None = None
+    before_image: str = ""
+    after_image: str = ""
+    before_next_image: str | None = None
+    images_first: bool = False
+    add_special_tokens: bool = False
 
 
 class IPNConfig(Config):
@@ -162,7 +179,8 @@ class IPNConfig(Config):
         backbone: the LLM.
         encoder: the vision encoder (a perceiver on its own).
         perceive: a connector over the encoder that fills `<img>` slots; None for no static tokens.
-        request, interact, inject: the other three stages; all None without a request.
+        request, interact, inject: the other three stages. With `layout.rounds` 0, request and
+            interact are None, and so is inject unless it works between the LLM's layers.
         layout: order and number of tokens.
         prompt: the system message.
     """
@@ -179,11 +197,10 @@ class IPNConfig(Config):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
-        dynamic = (self.request, self.interact, self.inject)
-        if self.layout.rounds > 0 and None in dynamic:
+        if self.layout.rounds > 0 and None in (self.request, self.interact, self.inject):
             raise ValueError("with layout.rounds > 0, request, interact and inject are all needed")
-        if self.layout.rounds == 0 and any(dynamic):
-            raise ValueError("request, interact and inject need layout.rounds > 0")
+        if self.layout.rounds == 0 and any((self.request, self.interact)):
+            raise ValueError("request and interact need layout.rounds > 0")
         return self
 
     @classmethod

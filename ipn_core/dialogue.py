@@ -15,9 +15,9 @@ from ipn_core.prompt import Content, Prompt, Shown, Text, Turn
 from ipn_core.stages import Percept
 
 if TYPE_CHECKING:
-    from ipn_core.engine import State
     from ipn_core.model import IPN
     from ipn_core.plan import Piece
+    from ipn_core.state import State
 
 __all__ = ["Dialogue"]
 
@@ -145,5 +145,6 @@ def _copy(state: State | None) -> State | None:
     fresh.cache = copy.deepcopy(state.cache)
     fresh.lengths = list(state.lengths)
     fresh.pictures = [list(p) for p in state.pictures]
+    fresh.told = [list(t) for t in state.told]
     fresh.looks = []
     return fresh

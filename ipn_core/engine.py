@@ -11,8 +11,8 @@ published system (LMEye, arXiv 2305.03701) runs the prefix twice and gives the s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ipn_core.clock import Clock
 from ipn_core.errors import PromptError, ShapeError
-from ipn_core.features import VisualFeatures
 from ipn_core.plan import Plan
-from ipn_core.segments import IGNORED, Look, Segment, TokenCounts, lay_out
+from ipn_core.segments import IGNORED, Look, Segment, lay_out
 from ipn_core.sharing import Part, divide, undivided
 from ipn_core.stages import (
     InjectContext,
+    Injection,
     LayerContext,
     LayerInjector,
     Percept,
@@ -34,78 +34,12 @@ from ipn_core.stages import (
     RequestContext,
     VisualMessage,
 )
+from ipn_core.state import LookRecord, Prefix, State
 
 if TYPE_CHECKING:
-    from transformers import Cache
-
     from ipn_core.model import IPN
 
-__all__ = ["Engine", "LookRecord", "Prefix", "State"]
-
-
-@dataclass(frozen=True, eq=False)
-class LookRecord:
-    """One look of the samples that looked together.
-
-    Attributes:
-        looks: which rows, in the order of the tensors below.
-        request: what was asked.
-        message: what came back.
-        features: what was looked at.
-    """
-
-    looks: tuple[Look, ...]
-    request: Request
-    message: VisualMessage
-    features: VisualFeatures
-
-
-@dataclass(eq=False)
-class State:
-    """What has been processed so far.
-
-    Attributes:
-        cache: the keys and values of C tokens.
-        mask: (B, C) True for real tokens.
-        lengths: real tokens of each row.
-        pictures: for each row, the position of each picture so far.
-        counts: tokens by kind, a row.
-        looks: the looks so far.
-    """
-
-    cache: Cache
-    mask: Tensor
-    lengths: list[int]
-    pictures: list[list[int]]
-    counts: list[TokenCounts]
-    looks: list[LookRecord] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        """C, padding included."""
-        return int(self.mask.shape[1])
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows of cache and mask, in this order; one may be named several times."""
-        index = torch.tensor(rows, device=self.mask.device)
-        if self.length:
-            self.cache.batch_select_indices(index)
-        self.mask = self.mask[index]
-
-
-@dataclass(frozen=True, eq=False)
-class Prefix:
-    """A prompt up to its last segment, which `generate` or the caller runs.
-
-    Attributes:
-        state: everything before the last segment.
-        embeds: (B, L, D_in) the last segment, its dynamic tokens filled in.
-        mask: (B, L) True for real tokens.
-    """
-
-    state: State
-    embeds: Tensor
-    mask: Tensor
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -207,22 +141,23 @@ class Engine:
             yield
             return
         dtype = self.model.stage_dtype
-        features = percept.features.to(dtype=dtype)
-        rows = [row for row in range(features.batch) for _ in range(repeats)]
-        repeated = features.select(rows)
+        rows = [row for row in range(percept.features.batch) for _ in range(repeats)]
+        features = percept.features.to(dtype=dtype).select(rows)
+        interaction = self.model.interaction
+        size = (0, 0) if interaction is None else (interaction.length, interaction.width)
+        read: list[tuple[Tensor, LayerContext]] = []
 
         def before(layer: int, hidden: Tensor, positions: Tensor) -> Tensor:
-            positions = positions.expand(hidden.shape[0], -1)
-            starts = torch.tensor(
-                [_padded(state.pictures[row], features.images) for row in rows]
-            ).to(hidden.device)
-            seen = (positions[:, :, None] >= starts[:, None, :]).sum(-1)
-            context = LayerContext(layer, positions, seen, repeated)
-            changed = injector.before_layer(hidden.to(dtype), context)
+            if injector.needs_message and not any(state.told):
+                return hidden
+            # All layers of one forward are handed the same positions.
+            if not read or read[0][0] is not positions:
+                context = state.between(rows, positions.expand(len(rows), -1), features, size)
+                read[:] = [(positions, context)]
+            changed = injector.before_layer(hidden.to(dtype), replace(read[0][1], layer=layer))
             return changed.to(hidden.dtype)
 
-        with ExitStack() as stack:
-            stack.enter_context(self.model.backbone.layer_callback(injector.layers, before))
+        with self.model.backbone.layer_callback(injector.layers, before):
             yield
 
     # -- segments --------------------------------------------------------------------------------
@@ -231,25 +166,34 @@ class Engine:
         self, plans: Sequence[Plan], percept: Percept, state: State | None
     ) -> tuple[list[Segment], State]:
         layout = self.model.config.layout
+        injector = self.model.injector
+        fills, caches = (0, 0) if injector is None else (injector.fills, injector.caches)
         segments, counts, pictures = lay_out(
             plans,
             self._static_lengths(len(plans), percept),
             layout.request,
-            layout.dynamic,
+            fills,
+            caches,
             None if state is None else state.lengths,
         )
         device = self.model.backbone.device
         if state is None:
             empty = torch.zeros(len(plans), 0, dtype=torch.bool, device=device)
             state = State(
-                self.model.backbone.new_cache(), empty, [0] * len(plans), pictures, counts
+                self.model.backbone.new_cache(),
+                empty,
+                [0] * len(plans),
+                pictures,
+                counts,
+                told=[[] for _ in plans],
             )
         else:
             state.counts = counts
             for row, more in enumerate(pictures):
                 state.pictures[row] += more
         longest = max(
-            before + count.total() for before, count in zip(state.lengths, counts, strict=True)
+            before + count.total() + plan.rounds * caches
+            for before, count, plan in zip(state.lengths, counts, plans, strict=True)
         )
         limit = self.model.backbone.max_positions
         if longest >= limit:
@@ -301,7 +245,9 @@ class Engine:
     ) -> tuple[list[Part], list[int]]:
         """Cut a segment into parts that rows share; only the first one has any."""
         alone = len(segment.ids) == 1
-        if alone or state.length or isinstance(self.model.injector, LayerInjector):
+        injector = self.model.injector
+        acts = injector is not None and not injector.needs_message
+        if alone or state.length or acts:
             return undivided(segment)
         tokens = percept.tokens or ()
         # A connector gives one tensor for what is the same picture to it.
@@ -393,12 +339,19 @@ class Engine:
         clock: Clock | None,
         return_map: bool,
     ) -> list[tuple[Look, Tensor]]:
-        """Request, interact and inject for the rows that look; returns each row's tokens."""
+        """Request, interact and inject for the rows that look.
+
+        Returns:
+            The tokens (K, D_in) for each row's slots, where the injector fills any. What else it
+            gives is in the state.
+        """
         if not segment.looks:
             return []
         model = self.model
         looks = segment.looks
         assert model.requester is not None
+        assert model.interaction is not None
+        assert model.injector is not None
         context = RequestContext(
             self._at_request(segment, hidden),
             [look.row for look in looks],
@@ -406,7 +359,7 @@ class Engine:
             model.requester.layer,
         )
         request: Request = model.call("request", context=context)
-        self._check("request", request, len(looks), None, None)
+        self._check("request", request, "values", (len(looks), None, None))
         if clock:
             clock.lap("request")
         features = percept.features.select(
@@ -414,9 +367,8 @@ class Engine:
         ).to(dtype=model.stage_dtype)
         request = replace(request, return_map=return_map)
         message: VisualMessage = model.call("interact", request=request, features=features)
-        layout = model.config.layout
-        assert model.interaction is not None
-        self._check("interact", message, len(looks), layout.dynamic, model.interaction.width)
+        width = (len(looks), model.interaction.length, model.interaction.width)
+        self._check("interact", message, "values", width)
         if clock:
             clock.lap("interact")
         injected = model.call(
@@ -424,36 +376,57 @@ class Engine:
             message=message,
             context=InjectContext(model.slots.dynamic, looks[0].round),
         )
-        tokens = self._check("inject", injected, len(looks), layout.dynamic, model.backbone.D_in)
+        tokens = self._apply(injected, message, looks, state)
         if clock:
             clock.lap("inject")
         state.looks.append(LookRecord(looks, request, message, features))
-        return list(zip(looks, tokens, strict=True))
+        return [] if tokens is None else list(zip(looks, tokens, strict=True))
 
-    def _check(self, stage: str, result: Any, *expected: int | None) -> Tensor:
-        """Return the tensor in a stage's result, if it has the shape that the engine needs."""
-        attribute, part = {
-            "request": ("values", "requester"),
-            "interact": ("values", "interaction"),
-            "inject": ("tokens", "injector"),
-        }[stage]
+    def _apply(
+        self, injected: Injection, message: VisualMessage, looks: Sequence[Look], state: State
+    ) -> Tensor | None:
+        """Put what an injector gave where it belongs; the tokens are left to the next segment."""
+        backbone, injector = self.model.backbone, self.model.injector
+        assert injector is not None
+        n, caches = len(looks), injector.caches
+        slots = (n, injector.fills, backbone.D_in) if injector.fills else None
+        sizes = (n, len(backbone.layers), caches, backbone.kv_heads, backbone.head_dim)
+        tokens = self._check("inject", injected, "tokens", slots)
+        keys = self._check("inject", injected, "keys", sizes if caches else None)
+        values = self._check("inject", injected, "values", sizes if caches else None)
+        for look, told in zip(looks, message.values.to(self.model.stage_dtype), strict=True):
+            state.told[look.row].append((state.lengths[look.row], told))
+        if keys is not None and values is not None:
+            state.remember([look.row for look in looks], keys, values, backbone)
+        return tokens
+
+    def _check(
+        self, stage: str, result: Any, attribute: str, expected: tuple[int | None, ...] | None
+    ) -> Tensor | None:
+        """Return a tensor in a stage's result if it has the shape that the engine needs.
+
+        Args:
+            stage: whose.
+            result: what it returned.
+            attribute: where the tensor should be.
+            expected: its shape, None for any size; None where there should be no tensor.
+        """
         tensor = None if isinstance(result, Tensor) else getattr(result, attribute, None)
+        if expected is None and tensor is None:
+            return None
         if (
-            isinstance(tensor, Tensor)
+            expected is not None
+            and isinstance(tensor, Tensor)
             and tensor.ndim == len(expected)
             and all(e in (None, g) for e, g in zip(expected, tensor.shape, strict=True))
         ):
             return tensor
-        wanted = ", ".join("·" if e is None else str(e) for e in expected)
+        sizes = ", ".join("·" if e is None else str(e) for e in expected or ())
+        wanted = f"no {attribute}" if expected is None else f"({sizes})"
         got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(result).__name__
+        part = {"request": "requester", "interact": "interaction", "inject": "injector"}[stage]
         module = type(getattr(self.model, part)).__name__
         raise ShapeError(
             f"stage {stage} of {self.model.label(stage)} ({module}) returned {got}, "
-            f"expected ({wanted})."
+            f"expected {wanted}."
         )
-
-
-def _padded(starts: Sequence[int], images: Sequence[Any]) -> list[int]:
-    """Positions of a row's pictures, filled up with one no token reaches."""
-    never = 1 << 30
-    return [*starts, *[never] * (len(images) - len(starts))]

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ipn_core.errors import ShapeError
+
+if TYPE_CHECKING:
+    from ipn_core.records import EncodedImage
 
 __all__ = ["Box", "ImageSpan", "VisualFeatures"]
 
@@ -26,12 +30,15 @@ class ImageSpan:
         grid: (h, w) patches; h·w values lie from `offset` on, row by row.
         offset: index of its first patch.
         place: its ordinal among the pictures of its sample's prompt.
+        box: (left, top, right, bottom) of the part of that picture that the patches show, as
+            fractions of its sides; a crop has the place of the picture that it is cut from.
     """
 
     sample: int
     grid: tuple[int, int]
     offset: int
     place: int = 0
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
 
     @property
     def length(self) -> int:
@@ -87,6 +94,34 @@ class VisualFeatures:
             offset += spans[-1].length
             seen[sample] += 1
         return cls(torch.cat(list(values)), tuple(spans), batch, global_tokens, looker)
+
+    @classmethod
+    def of(
+        cls,
+        encoded: Sequence[EncodedImage],
+        samples: Sequence[int],
+        batch: int,
+        empty: Tensor,
+        looker: Callable[[Sequence[Box]], VisualFeatures] | None = None,
+    ) -> VisualFeatures:
+        """Pack what an encoder made of pictures; `samples` says whose each is, in prompt order.
+
+        Args:
+            encoded: one a picture; their global tokens are kept if all have one.
+            samples: the row of the batch that each belongs to.
+            batch: number of samples B.
+            empty: (0, Dv) the values for no picture.
+            looker: as in the class.
+        """
+        tokens = [one.global_token for one in encoded if one.global_token is not None]
+        return cls.pack(
+            [one.values for one in encoded] or [empty],
+            [one.grid for one in encoded],
+            samples,
+            batch,
+            torch.stack(tokens) if tokens and len(tokens) == len(encoded) else None,
+            looker,
+        )
 
     @classmethod
     def share(
@@ -180,7 +215,7 @@ class VisualFeatures:
 
     def positions(self) -> Tensor:
         """Return (B, P, 2): each patch's centre (y, x) as fractions of its picture's sides."""
-        return self._per_patch([_centres(span.grid) for span in self.images], (2,))
+        return self._per_patch([_centres(span.grid, span.box) for span in self.images], (2,))
 
     def places(self) -> Tensor:
         """Return (B, P) long: the ordinal of the picture that each patch belongs to."""
@@ -191,9 +226,10 @@ class VisualFeatures:
         """Return the positions (N, 2) and places (N,) of the packed patches, each once."""
         positions = torch.zeros(self.values.shape[0], 2)
         places = torch.zeros(self.values.shape[0], dtype=torch.long)
-        for offset, grid, place in {(s.offset, s.grid, s.place) for s in self.images}:
+        distinct = {(s.offset, s.grid, s.place, s.box) for s in self.images}
+        for offset, grid, place, box in distinct:
             end = offset + grid[0] * grid[1]
-            positions[offset:end] = _centres(grid)
+            positions[offset:end] = _centres(grid, box)
             places[offset:end] = place
         device = self.values.device
         return positions.to(device), places.to(device)
@@ -259,8 +295,8 @@ class VisualFeatures:
         """
         if self.looker is None:
             raise ShapeError(
-                "these features cannot look again: they came from a cache or from a perceiver "
-                "that keeps no pictures."
+                "these features cannot look again: they came without their pictures, or from a "
+                "perceiver that keeps none."
             )
         for image, left, top, right, bottom in boxes:
             inside = 0 <= left < right <= 1 and 0 <= top < bottom <= 1
@@ -297,9 +333,9 @@ def _look_at_chosen(
     return replace(seen, images=tuple(spans), batch=batch)
 
 
-@lru_cache(maxsize=64)
-def _centres(grid: tuple[int, int]) -> Tensor:
-    height, width = grid
-    y = (torch.arange(height) + 0.5) / height
-    x = (torch.arange(width) + 0.5) / width
+@lru_cache(maxsize=256)
+def _centres(grid: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:
+    (height, width), (left, top, right, bottom) = grid, box
+    y = top + (torch.arange(height) + 0.5) / height * (bottom - top)
+    x = left + (torch.arange(width) + 0.5) / width * (right - left)
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).reshape(-1, 2)

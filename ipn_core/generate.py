@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ipn_core.answer import Answer, Answers
-from ipn_core.engine import LookRecord, Prefix, State
 from ipn_core.errors import GenerationOptionError
 from ipn_core.generation import check_options, prompt_processors, repeats_of, with_config
 from ipn_core.plan import Plan
+from ipn_core.state import LookRecord, Prefix, State
 
 if TYPE_CHECKING:
     from ipn_core.clock import Clock

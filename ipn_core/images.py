@@ -11,6 +11,7 @@ import io
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Union
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     ImageLike: TypeAlias = Union[str, os.PathLike[str], bytes, "Image.Image", "np.ndarray"]
 
-__all__ = ["MAX_PIXELS", "content_key", "load_image"]
+__all__ = ["MAX_PIXELS", "content_key", "crop", "load_image"]
 
 MAX_PIXELS = 50_000_000
 """Largest accepted width × height; larger files are refused before they are decoded."""
@@ -94,6 +95,20 @@ def content_key(image: Image.Image) -> str:
     digest.update(f"{image.mode}:{image.width}x{image.height}:".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()
+
+
+def crop(image: Image.Image, edges: Sequence[float]) -> Image.Image:
+    """Cut a part out of a picture, at least one pixel a side.
+
+    Args:
+        image: any picture.
+        edges: left, top, right and bottom as fractions of its sides.
+    """
+    left, top, right, bottom = edges
+    x = min(round(left * image.width), image.width - 1)
+    y = min(round(top * image.height), image.height - 1)
+    end = (max(round(right * image.width), x + 1), max(round(bottom * image.height), y + 1))
+    return image.crop((x, y, *end))
 
 
 def _describe(source: ImageLike) -> str:

@@ -50,8 +50,9 @@ class IPN(nn.Module):
     Attributes:
         config: everything that makes the model, resolved.
         backbone: the LLM; frozen.
-        perceiver, requester, interaction, injector: the four stages; the last three are None
-            for strategies that need no request.
+        perceiver, requester, interaction, injector: the four stages; requester and interaction
+            are None for strategies without a round, and so is the injector unless it works
+            between the layers.
         slots: the learned embeddings of `<img>`, `<img-q>`, `<img-d>`.
         pm: the model's own plugin manager; wrap a stage by registering a wrapper on it.
         name: what the model was loaded as, for reports.
@@ -85,13 +86,14 @@ class IPN(nn.Module):
         ).to(backbone.device)
         self.pm = pluggy.PluginManager(PROJECT)
         self.pm.add_hookspecs(StageSpec)
-        self.encoder.requires_grad_(False)
+        for part in (self.encoder, *self.borrowed):
+            part.requires_grad_(False)
         for stage in (perceiver, requester, interaction, injector):
             if stage is not None:
                 stage.to(backbone.device)
                 self.pm.register(stage)
         self.planner = Planner(
-            backbone.tokenizer, backbone.template, config.layout, config.prompt.system
+            backbone.tokenizer, backbone.template, config.layout, config.prompt, backbone.eos_ids
         )
         self.engine = Engine(self)
         self.eval()
@@ -138,18 +140,21 @@ class IPN(nn.Module):
             0,
             layout.request,
             layout.dynamic if layout.rounds else 0,
+            H_kv=backbone.kv_heads if backbone.takes_keys else 0,
+            D_head=backbone.head_dim,
         )
         perceiver: Perceiver = encoder
         if config.perceive is not None:
             perceiver = build("perceiver", config.perceive, dims, encoder)
             dims = _with(dims, S=perceiver.static_tokens or 0)
-        if not layout.rounds:
-            return cls(config, backbone, perceiver, name=name, registry=registry)
-        requester = build("requester", config.request, dims)
-        dims = _with(dims, D_request=requester.width)
-        interaction = build("interaction", config.interact, dims)
-        dims = _with(dims, Dm=interaction.width)
-        injector = build("injector", config.inject, dims)
+        requester = interaction = injector = None
+        if layout.rounds:
+            requester = build("requester", config.request, dims)
+            dims = _with(dims, D_request=requester.width)
+            interaction = build("interaction", config.interact, dims)
+            dims = _with(dims, M=interaction.length, Dm=interaction.width)
+        if config.inject is not None:
+            injector = build("injector", config.inject, dims)
         return cls(config, backbone, perceiver, requester, interaction, injector, name, registry)
 
     @classmethod
@@ -210,7 +215,8 @@ class IPN(nn.Module):
         """The strategy's name, or the interaction's where the config started from no preset."""
         if self.config.strategy:
             return self.config.strategy
-        part = self.config.interact or self.config.perceive or self.config.encoder
+        config = self.config
+        part = config.interact or config.inject or config.perceive or config.encoder
         return part.name
 
     @property
@@ -218,17 +224,23 @@ class IPN(nn.Module):
         """The dtype of the stages' weights; requests and messages are cast at the borders."""
         return self.slots.request.dtype
 
-    def trained_state(self) -> dict[str, Tensor]:
-        """Everything that belongs into a checkpoint: all but the backbone and a frozen encoder."""
-        frozen_encoder = not any(p.requires_grad for p in self.encoder.parameters())
-        skipped = ["backbone."]
-        if frozen_encoder:
-            skipped.append("perceiver.encoder." if self._connected else "perceiver.")
-        return {k: v for k, v in self.state_dict().items() if not k.startswith(tuple(skipped))}
-
     @property
-    def _connected(self) -> bool:
-        return isinstance(self.perceiver, Connector)
+    def borrowed(self) -> tuple[nn.Module, ...]:
+        """The parts of all stages whose weights the config names; see `Stage.borrowed`."""
+        stages = (self.perceiver, self.requester, self.interaction, self.injector)
+        return tuple(part for stage in stages if stage is not None for part in stage.borrowed)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Everything that belongs into a checkpoint: all but what the config names."""
+        named = {id(part) for part in self._named()}
+        skipped = tuple(f"{name}." for name, part in self.named_modules() if id(part) in named)
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(skipped)}
+
+    def _named(self) -> Iterator[nn.Module]:
+        """The backbone, a frozen encoder, and what stages borrow."""
+        yield from (self.backbone, *self.borrowed)
+        if not any(p.requires_grad for p in self.encoder.parameters()):
+            yield self.encoder
 
     def label(self, stage: str) -> str:
         """Return who brought a stage, such as "plugin ipn-rvii 0.1.0", for messages."""
@@ -243,10 +255,10 @@ class IPN(nn.Module):
         return f"plugin {found.plugin.label}" if found else "a local class"
 
     def train(self, mode: bool = True) -> Self:
-        """Set the stages' mode; the backbone and a frozen encoder stay in eval mode."""
+        """Set the stages' mode; what is frozen because the config names it stays in eval mode."""
         super().train(mode)
-        if not any(p.requires_grad for p in self.encoder.parameters()):
-            self.encoder.eval()
+        for part in self._named():
+            part.eval()
         return self
 
     @contextlib.contextmanager
@@ -361,6 +373,8 @@ class _Builder:
         else:
             config = schema.parse(options, f"{kind} {spec.name}")
         try:
+            if args:
+                _refuse(f"{kind} '{spec.name}'", target.not_supported_reasons(config, args[0]))
             return target(config, *args)
         except IPNError:
             raise
@@ -369,6 +383,11 @@ class _Builder:
                 f"{kind} '{spec.name}' of {component.plugin.label} cannot be built: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def _refuse(what: str, reasons: Sequence[str]) -> None:
+    if reasons:
+        raise ConfigError(f"{what} does not fit this model: {'; '.join(reasons)}.")
 
 
 def _request_words(backbone: Backbone, layout: Layout) -> Tensor | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from ipn_core.config import PromptConfig
 from ipn_core.errors import PromptError
 from ipn_core.prompt import Ids, Prompt, Shown, Text, Turn
 
@@ -137,11 +138,15 @@ class Planner:
         tokenizer: PreTrainedTokenizerBase,
         template: str,
         layout: Layout,
-        system: str | None = None,
+        prompt: PromptConfig | None = None,
+        ends: Sequence[int] = (),
     ) -> None:
         self.layout = layout
-        self.system = system
-        self.template = template
+        # Some LLMs stop at another id than their tokenizer's (BLIP-2's OPT at a line break).
+        own = tokenizer.eos_token_id
+        self._end = own if own in ends or not ends else ends[0]
+        self.prompt = prompt or PromptConfig()
+        self.template = self.prompt.template or template
         self._original = tokenizer
         nonce = secrets.token_hex(8)
         self._slot_mark = f"\ue000ipn-slot-{nonce}\ue001"
@@ -177,23 +182,26 @@ class Planner:
                 template refuses its turns.
         """
         turns = list(prompt.turns)
-        if self.system is not None and not (turns and turns[0].role == "system"):
-            turns.insert(0, Turn("system", (Text(self.system),)))
+        system = self.prompt.system
+        if system is not None and not (turns and turns[0].role == "system"):
+            turns.insert(0, Turn("system", (Text(system),)))
         if not any(turn.role == "user" for turn in turns):
             raise PromptError("a prompt needs a user's turn. Ask something.")
-        runs, slots = self._render(turns)
-        pieces = list(self._tokenise(runs, slots))
+        pieces = list(self._tokenise(*self._render(turns)))
         return Plan(tuple(pieces), prompt.images, prompt.question)
 
     # -- rendering -------------------------------------------------------------------------------
 
-    def _render(self, turns: Sequence[Turn]) -> tuple[str, list[Piece]]:
-        """Return the rendered text with slot marks, and the slots in the order of the marks."""
+    def _render(self, turns: Sequence[Turn]) -> tuple[str, str, list[Piece]]:
+        """Return what stands before the template, and the rendered template, with slot marks.
+
+        With them come the slots in the order of the marks.
+        """
         continues = turns[-1].role != "assistant"
         marks = [self._content_mark % i for i in range(len(turns))]
         text = self._apply(turns, marks, continues)
         slots: list[Piece] = []
-        state = _Count()
+        state = _Pictures()
         for mark, turn in zip(marks, turns, strict=True):
             if text.count(mark) != 1:
                 raise PromptError(
@@ -214,7 +222,7 @@ class Planner:
             text = text.replace(mark, rendered)
         if turns[-1].learn:
             text = text[: text.rindex(self._slot_mark) + len(self._slot_mark)]
-        return text, slots
+        return state.first, text, slots
 
     def _gap(self, before: Sequence[Turn], marks: Sequence[str]) -> str:
         """White space that the template puts before an answer but not at the end of a prompt."""
@@ -229,7 +237,14 @@ class Planner:
     def _apply(self, turns: Sequence[Turn], marks: Sequence[str], continues: bool) -> str:
         import jinja2
 
-        messages = [{"role": t.role, "content": m} for t, m in zip(turns, marks, strict=True)]
+        messages: list[dict[str, Any]] = [
+            {
+                "role": t.role,
+                "content": m,
+                "image_first": any(isinstance(c, Shown) for c in t.content[:1]),
+            }
+            for t, m in zip(turns, marks, strict=True)
+        ]
         try:
             return str(
                 self._original.apply_chat_template(
@@ -242,7 +257,7 @@ class Planner:
         except (jinja2.TemplateError, ValueError) as error:
             raise PromptError(f"the chat template refuses these turns: {error}") from None
 
-    def _content(self, turn: Turn, state: _Count, slots: list[Piece]) -> str:
+    def _content(self, turn: Turn, state: _Pictures, slots: list[Piece]) -> str:
         if turn.learn or any(isinstance(c, Ids) for c in turn.content):
             ids = turn.content[0].ids if isinstance(turn.content[0], Ids) else ()
             slots.append(Tokens(ids))
@@ -271,9 +286,18 @@ class Planner:
                     raise PromptError(
                         f"a picture stands in the {turn.role}'s turn; only a user shows pictures."
                     )
-                slots.append(ImageSlot(state.images))
+                slot = ImageSlot(state.images)
+                follows = index > 0 and isinstance(content[index - 1], Shown)
+                before_it = self.prompt.before_next_image if follows else None
+                before_it = self.prompt.before_image if before_it is None else before_it
+                shown_as = f"{before_it}{self._slot_mark}{self.prompt.after_image}"
+                if self.prompt.images_first:
+                    slots.insert(state.images, slot)
+                    state.first += shown_as
+                else:
+                    slots.append(slot)
+                    text += shown_as
                 state.images += 1
-                text += self._slot_mark
             elif isinstance(piece, Text):
                 text += self._escape(piece.text)
         if look and not look_first:
@@ -305,8 +329,8 @@ class Planner:
                 ids.extend(self._answer_ids(gap + text))
         if closer:
             ids += cast("list[int]", self._original.convert_tokens_to_ids([closer]))
-        elif self._original.eos_token_id is not None:
-            ids.append(int(self._original.eos_token_id))
+        elif self._end is not None:
+            ids.append(int(self._end))
         return Tokens(tuple(ids), learn=True)
 
     def _answer_ids(self, text: str) -> list[int]:
@@ -323,8 +347,11 @@ class Planner:
 
     # -- tokenising ------------------------------------------------------------------------------
 
-    def _tokenise(self, text: str, slots: Sequence[Piece]) -> Iterator[Piece]:
-        encoded = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _tokenise(self, first: str, text: str, slots: Sequence[Piece]) -> Iterator[Piece]:
+        own = self.prompt.add_special_tokens
+        encoded: list[int] = self._tokenizer(text, add_special_tokens=own)["input_ids"]
+        if first:
+            encoded = self._tokenizer(first, add_special_tokens=False)["input_ids"] + encoded
         waiting = iter(slots)
         run: list[int] = []
         for id_ in encoded:
@@ -352,5 +379,6 @@ class Planner:
 
 
 @dataclass
-class _Count:
+class _Pictures:
     images: int = 0
+    first: str = ""

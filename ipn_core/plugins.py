@@ -36,6 +36,7 @@ __all__ = [
 KINDS = (
     "attention",
     "backbone",
+    "importer",
     "injector",
     "interaction",
     "objective",

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ipn_core.errors import CheckpointError, IPNError, first_line
 from ipn_core.locate import hub_error
 
-__all__ = ["load_error", "load_pretrained", "pickle_error", "pickles_in", "refuse_misfits"]
+__all__ = [
+    "TensorFiles",
+    "load_error",
+    "load_pretrained",
+    "pickle_error",
+    "pickles_in",
+    "quiet",
+    "refuse_misfits",
+]
 
 SHOWN = 6
 """How many tensors an error names."""
@@ -85,6 +97,22 @@ def refuse_misfits(misfits: Collection[str], model: Any, what: str) -> None:
         )
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from reporting the parts of a checkpoint that are left out on purpose."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def pickles_in(folder: Path) -> list[str]:
     """Return the names of a folder's pickled weights, if it has no others."""
     if any(folder.glob("*.safetensors")):
@@ -98,3 +126,65 @@ def pickle_error(what: str, files: str) -> CheckpointError:
         f"{what} are pickled ({files}), which can run code when loaded: refused. Convert them to "
         "safetensors first."
     )
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors in a folder's safetensors by name, a leading "model." removed; read on demand.
+
+    Attributes:
+        folder: one file, or several with or without an index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Path, str]]:
+        """The file and the full name of each."""
+        from safetensors import SafetensorError, safe_open
+
+        index = self.folder / "model.safetensors.index.json"
+        try:
+            if index.is_file():
+                listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                names = [(self.folder / file, name) for name, file in listed.items()]
+            else:
+                names = []
+                for path in sorted(self.folder.glob("*.safetensors")):
+                    with safe_open(path, "pt") as file:
+                        names += [(path, name) for name in file.keys()]  # noqa: SIM118 no mapping
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the weights in '{self.folder}' cannot be read: {first_line(error)} Fetch them "
+                "again."
+            ) from None
+        return {name.removeprefix("model."): (path, name) for path, name in names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            KeyError: there is none of that name.
+            CheckpointError: its file is missing or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path, full = self._places[name]
+        try:
+            with safe_open(path, "pt") as file:
+                tensor: Tensor = file.get_tensor(full)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"'{path}' cannot be read: {first_line(error)} Fetch the weights again."
+            ) from None
+        return tensor
+
+    def names(self) -> list[str]:
+        """Return the full names, a leading "model." kept; only headers are read."""
+        return [full for _, full in self._places.values()]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ipn_core.errors import PromptError
 from ipn_core.plan import DynamicSlot, ImageSlot, Piece, Plan, RequestSlot, Tokens
 
 __all__ = ["Look", "Segment", "TokenCounts", "lay_out"]
@@ -97,6 +98,7 @@ def lay_out(
     statics: Sequence[Sequence[int]],
     request: int,
     dynamic: int,
+    cached: int = 0,
     start: Sequence[int] | None = None,
 ) -> tuple[list[Segment], list[TokenCounts], list[list[int]]]:
     """Lay plans out side by side.
@@ -105,12 +107,16 @@ def lay_out(
         plans: one a row.
         statics: for each row, the number S of static tokens of each of its pictures.
         request: R.
-        dynamic: K.
+        dynamic: the slots that a look fills.
+        cached: positions that a look adds to the cache, before what follows it.
         start: for each row, how many tokens its cache already holds.
 
     Returns:
         The segments; the token counts of each row; and for each row, the position at which each
         of its pictures stands.
+
+    Raises:
+        PromptError: a look fills no slot and nothing follows it for the LLM to read.
     """
     rows = [_spread(plan.segments, max(len(p.segments) for p in plans)) for plan in plans]
     counts = [TokenCounts() for _ in plans]
@@ -143,7 +149,11 @@ def lay_out(
                     pictures[row].append(position[row] + at - (width - sizes[row]))
                     counts[row].static += size
                 elif isinstance(piece, DynamicSlot):
-                    fills.append(_Place(row, at, size))
+                    position[row] += cached
+                    if size:
+                        fills.append(_Place(row, at, size))
+                    else:
+                        _check_rest(pieces)
                     counts[row].dynamic += size
                 else:
                     looks.append(Look(row, piece.round, piece.images))
@@ -164,6 +174,17 @@ def lay_out(
             )
         )
     return segments, counts, pictures
+
+
+def _check_rest(pieces: Sequence[Piece]) -> None:
+    """Refuse what begins with a look that fills no slot and goes on with nothing to read."""
+    rest = [p for p in pieces if not isinstance(p, (DynamicSlot, ImageSlot))]
+    if not rest or (isinstance(rest[0], Tokens) and rest[0].learn):
+        raise PromptError(
+            "nothing stands between the look and the answer: this injector fills no slot, so the "
+            "LLM would answer before it has read the message. Use a chat template that begins the "
+            "answer's turn, or put 'look' before 'text' in layout.order."
+        )
 
 
 def _length(piece: Piece, statics: Sequence[int], request: int, dynamic: int) -> int:

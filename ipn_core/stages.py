@@ -1,4 +1,4 @@
-"""The four stages, and what passes between them.
+"""The four stages; what passes between them is in `ipn_core.records`.
 
 Authors subclass one of `VisionEncoder`, `Connector`, `Requester`, `Interaction`, `Injector` (or
 `LayerInjector`) and write `forward`; the base classes register it under the hook of its stage.
@@ -11,13 +11,25 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from ipn_core.features import VisualFeatures
 from ipn_core.hooks import hookimpl
+from ipn_core.images import crop
+from ipn_core.records import (
+    Dims,
+    EncodedImage,
+    InjectContext,
+    Injection,
+    LayerContext,
+    PerceiveContext,
+    Percept,
+    Request,
+    RequestContext,
+    VisualMessage,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,152 +56,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Dims:
-    """The sizes that are fixed for a model; the number of patches P never is.
-
-    Attributes:
-        Dv: width of a patch's features.
-        D_in: width of the LLM's input embeddings.
-        D_hidden: width of the hidden states by layer, as transformers counts them: index 0 is
-            the input of the first layer, the last one is after the final norm.
-        D_out: width of the hidden states that the language head reads.
-        S: static tokens a picture, 0 for none.
-        R: request tokens a round.
-        K: dynamic tokens a round.
-        D_request: width of the request; set once the requester is built.
-        Dm: width of the message; set once the interaction is built.
-    """
-
-    Dv: int
-    D_in: int
-    D_hidden: tuple[int, ...]
-    D_out: int
-    S: int = 0
-    R: int = 1
-    K: int = 0
-    D_request: int = 0
-    Dm: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class PerceiveContext:
-    """What there is to perceive.
-
-    Attributes:
-        images: the pictures of each sample, decoded to RGB.
-        questions: the question text of each sample, for perceivers that read it themselves.
-        features: the encoder's output if it is known already (from a cache), else None.
-    """
-
-    images: Sequence[Sequence[Image.Image]]
-    questions: Sequence[str]
-    features: VisualFeatures | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Percept:
-    """What a perceiver gives.
-
-    Attributes:
-        features: for the interaction.
-        tokens: the static tokens of each picture, (S, D_in) each, or None for none.
-    """
-
-    features: VisualFeatures
-    tokens: Sequence[Tensor] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class RequestContext:
-    """What the requester may read.
-
-    Attributes:
-        hidden: (B, R, D) hidden states at `<img-q>` from the requester's layer; B counts only
-            the samples that look in this round.
-        samples: the batch row of each.
-        round: 0 for the first look.
-        layer: the layer that `hidden` was read from.
-    """
-
-    hidden: Tensor
-    samples: Sequence[int]
-    round: int = 0
-    layer: int = -1
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What is asked of the pictures.
-
-    Attributes:
-        values: (B, R, D), in a layer injection (B, T, D).
-        round: 0 for the first look.
-        layer: the layer that it comes from, -1 after the final norm.
-        return_map: whether the interaction should also return where it looked.
-    """
-
-    values: Tensor
-    round: int = 0
-    layer: int = -1
-    return_map: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class VisualMessage:
-    """What an interaction brings back.
-
-    Attributes:
-        values: (B, K, Dm).
-        attention: (B, K, P) where it looked, heads averaged, over the patches in the order of
-            `VisualFeatures.padded()`; rows sum to 1; None where there is no such map.
-    """
-
-    values: Tensor
-    attention: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class InjectContext:
-    """What an injector may read.
-
-    Attributes:
-        slots: (K, D_in) the learned embeddings of the `<img-d>` slots.
-        round: 0 for the first look.
-    """
-
-    slots: Tensor
-    round: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Injection:
-    """What goes into the LLM after a look.
-
-    Attributes:
-        tokens: (B, K, D_in) inputs for the `<img-d>` slots, or None when the layout has none.
-    """
-
-    tokens: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class LayerContext:
-    """What a layer injector may read before a layer of the LLM.
-
-    Attributes:
-        layer: index of the layer about to run.
-        positions: (B, T) each token's position in its prompt.
-        pictures: (B, T) how many of its sample's pictures stand before each token.
-        features: the pictures, one sample a row of the batch.
-    """
-
-    layer: int
-    positions: Tensor
-    pictures: Tensor
-    features: VisualFeatures
-
-
 class Stage(nn.Module):
     """Base of all stages: a module with a config.
 
@@ -202,6 +68,21 @@ class Stage(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+
+    @classmethod
+    def not_supported_reasons(cls, config: Any, dims: Dims) -> list[str]:
+        """Return why it cannot work in a model of these sizes; empty means it can.
+
+        Args:
+            config: its own.
+            dims: as its constructor would get them.
+        """
+        return []
+
+    @property
+    def borrowed(self) -> tuple[nn.Module, ...]:
+        """Parts whose weights the config names: a model freezes them, and saves none of them."""
+        return ()
 
 
 class Perceiver(Stage):
@@ -226,21 +107,6 @@ class Perceiver(Stage):
         """Answer the stage's hook; calling the module lets forward hooks fire."""
         result: Percept = self(context)
         return result
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedImage:
-    """One picture through a vision encoder.
-
-    Attributes:
-        values: (h·w, Dv) patch features, row by row.
-        grid: (h, w).
-        global_token: (Dv,) a summary of the picture, or None.
-    """
-
-    values: Tensor
-    grid: tuple[int, int]
-    global_token: Tensor | None = None
 
 
 class VisionEncoder(Perceiver):
@@ -270,34 +136,13 @@ class VisionEncoder(Perceiver):
         self, images: Sequence[Image.Image], samples: Sequence[int], batch: int
     ) -> VisualFeatures:
         encoded = self.encode(images) if images else []
-        parameter = next(self.parameters())
-        summaries = [e.global_token for e in encoded if e.global_token is not None]
 
         def look(boxes: Any) -> VisualFeatures:
-            crops = [_crop(images[image], edges) for image, *edges in boxes]
+            crops = [crop(images[image], edges) for image, *edges in boxes]
             return self._pack(crops, [samples[image] for image, *_ in boxes], batch)
 
-        from torch import stack
-
-        return VisualFeatures.pack(
-            [e.values for e in encoded] or [parameter.new_zeros(0, self.width)],
-            [e.grid for e in encoded],
-            samples,
-            batch,
-            stack(summaries) if summaries and len(summaries) == len(encoded) else None,
-            look,
-        )
-
-
-def _crop(image: Image.Image, edges: Sequence[float]) -> Image.Image:
-    left, top, right, bottom = edges
-    box = (
-        round(left * image.width),
-        round(top * image.height),
-        max(round(right * image.width), round(left * image.width) + 1),
-        max(round(bottom * image.height), round(top * image.height) + 1),
-    )
-    return image.crop(box)
+        empty = next(self.parameters()).new_zeros(0, self.width)
+        return VisualFeatures.of(encoded, samples, batch, empty, look)
 
 
 class Connector(Perceiver):
@@ -374,6 +219,11 @@ class Interaction(Stage):
         """Width Dm of the message."""
 
     @property
+    def length(self) -> int:
+        """Tokens M of the message: as many as the layout has dynamic tokens."""
+        return self.dims.K
+
+    @property
     def has_map(self) -> bool:
         """Whether it can say where it looked (`VisualMessage.attention`)."""
         return False
@@ -416,7 +266,7 @@ class Interaction(Stage):
             features: of the same B samples.
 
         Returns:
-            A message with values (B, K, Dm).
+            A message with values (B, M, Dm).
         """
 
     @hookimpl
@@ -427,11 +277,38 @@ class Interaction(Stage):
 
 
 class Injector(Stage):
-    """A message to inputs of the LLM."""
+    """A message to what the LLM reads: inputs, keys and values, or changes between its layers.
+
+    Attributes:
+        needs_message: whether it does nothing until a look has brought a message.
+    """
+
+    needs_message: ClassVar[bool] = True
 
     def __init__(self, config: Any, dims: Dims) -> None:
         super().__init__(config)
         self.dims = dims
+
+    @classmethod
+    def not_supported_reasons(cls, config: Any, dims: Dims) -> list[str]:
+        """What needs a message needs a look."""
+        if dims.M or not cls.needs_message:
+            return []
+        return [
+            "it injects what a look brings, and with layout.rounds 0 or layout.dynamic 0 there is "
+            "nothing: name request and interact and set both, or use an injector that needs no "
+            "message"
+        ]
+
+    @property
+    def fills(self) -> int:
+        """How many `<img-d>` slots its tokens fill after a look; the LLM processes these."""
+        return self.dims.K
+
+    @property
+    def caches(self) -> int:
+        """How many positions a look adds to the cache that the LLM never processes."""
+        return 0
 
     @abstractmethod
     def forward(self, message: VisualMessage, context: InjectContext) -> Injection:
@@ -445,11 +322,24 @@ class Injector(Stage):
 
 
 class LayerInjector(Injector):
-    """An injector that also changes the hidden states before chosen layers of the LLM.
+    """An injector that changes the hidden states before chosen layers of the LLM.
 
     It is called before each layer of `layers` in every forward of the LLM alike: in prefill, in
-    decoding and under beams.
+    decoding and under beams. There each hidden state (B, T, D) may be a request, so that a
+    strategy of it alone needs no round (`layout.rounds: 0`). With `needs_message` it is called
+    only once a row of the batch has looked, and must change no token before its own row's look.
     """
+
+    needs_message: ClassVar[bool] = False
+
+    @property
+    def fills(self) -> int:
+        """No slot."""
+        return 0
+
+    def forward(self, message: VisualMessage, context: InjectContext) -> Injection:
+        """Put nothing into the prompt after a look."""
+        return Injection()
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The core's own stages: the paper's requester, two that cannot ask, and the injector of tokens."""
+"""The core's own stages: the paper's requester, two that cannot ask, and the injectors."""
 
 from __future__ import annotations
 
@@ -23,6 +23,21 @@ class TestShuffled(RequesterContract):
 
 class TestTokenInjector(InjectorContract):
     name = "tokens"
+
+
+class TestTokenInjectorWithoutNorm(InjectorContract):
+    name = "tokens"
+    options = {"norm": False}  # noqa: RUF012 as declared
+
+
+class TestPrefixKV(InjectorContract):
+    name = "prefix-kv"
+    options = {"hidden": 8}  # noqa: RUF012 as declared
+
+
+class TestCrossLayers(InjectorContract):
+    name = "layers"
+    options = {"every": 1, "heads": 2, "head_width": 4}  # noqa: RUF012 as declared
 
 
 class TestTokenInjectorWithAnMLP(InjectorContract):

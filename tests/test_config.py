@@ -92,7 +92,7 @@ def test_several_faults_are_told_together_a_line_each() -> None:
             {"layout": {"rounds": 1}},
             "^'config': with layout.rounds > 0, request, interact and inject are all needed.$",
         ),
-        (ASKING, "^'config': request, interact and inject need layout.rounds > 0.$"),
+        (ASKING, "^'config': request and interact need layout.rounds > 0.$"),
         ({"backbone": {"name": "llama", "dtype": "int8"}}, r"backbone.dtype': .*'bfloat16'.*int8"),
         ({"encoder": None}, "config.encoder'"),
     ],

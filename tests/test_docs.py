@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ipn_core.plugins import Registry, add_plugin
+from ipn_core.stages import Dims
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +31,14 @@ def test_the_plugin_of_hooks_md_registers_what_it_names(registry: Registry) -> N
     add_plugin(registry, "my-film", plugin)
     assert registry.get("interaction", "my-film").target == "ipn_my_film.film:FiLM"
     assert registry.get("strategy", "my-film").load()["interact"] == "my-film"
+
+
+def test_the_interaction_of_hooks_md_says_what_it_needs() -> None:
+    needs = run("hooks.md", "class TwoRequests")["TwoRequests"].not_supported_reasons
+    dims = Dims(Dv=4, D_in=6, D_hidden=(6, 6), D_out=6, R=2)
+    assert needs(None, dims) == []
+    said = needs(None, replace(dims, R=1))
+    assert said == ["it compares 2 request tokens, layout.request is 1"]
 
 
 @pytest.mark.weights

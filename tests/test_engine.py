@@ -9,35 +9,14 @@ import pytest
 import torch
 import two_pass
 from toys import FAMILIES, K, picture, prompt_of, toy_model
-from watching import check_loss, seen_positions
+from watching import check_against_two_passes, check_rows, last_logits, seen_positions
 
 from ipn_core.errors import PromptError, ShapeError, StageError
-from ipn_core.model import IPN
 from ipn_core.prompt import Prompt
 from ipn_core.testing.interactions import TinyLook
 from ipn_core.testing.tiny import tiny_backbone
 
 STRATEGIES = ("static", "rvii")
-
-
-def batch_of(
-    batch: int, rounds: int, images: int, asking: bool, answer: str | None = None
-) -> list[Any]:
-    """Prompts of several lengths; a strategy that never looks gets several turns instead."""
-    counts = [images] if batch == 1 else [images, (images + 1) % 3, images]
-    turns = 1 if asking else rounds
-    return [prompt_of(row, n, turns, answer and answer * (row + 1)) for row, n in enumerate(counts)]
-
-
-def last_logits(model: IPN, prompts: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, L, vocabulary) of the last segment, and which of them are no padding."""
-    plans = [model.planner.plan(p) for p in prompts]
-    percept = model.perceive([p.images for p in plans], [p.question for p in plans])
-    prefix = model.engine.prefix(plans, percept)
-    mask = torch.cat([prefix.state.mask, prefix.mask], dim=1)
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, prefix.state.length :]
-    out = model.backbone.extend(prefix.embeds, prefix.state.cache, positions, mask)
-    return model.backbone.logits(out.last), prefix.mask
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
@@ -51,19 +30,6 @@ def test_one_pass_equals_two_passes(
     check_against_two_passes(
         toy_model(registry, strategy, family, rounds=rounds), batch, rounds, images
     )
-
-
-def check_against_two_passes(model: IPN, batch: int, rounds: int, images: int) -> None:
-    asking = model.requester is not None
-    prompts = batch_of(batch, rounds, images, asking)
-    check_rows(model, prompts)
-    taught = batch_of(batch, rounds, images, asking, answer="ab")
-    loss, count = model(taught)
-    check_loss(model, taught, loss, count)
-
-    options = {"num_beams": 3, "max_new_tokens": 5}
-    answers = model.generate(prompts, **options)
-    assert [a.ids for a in answers] == [two_pass.generate(model, p, **options)[0] for p in prompts]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -113,18 +79,6 @@ def test_rows_that_begin_alike_share_the_beginning_and_equal_two_passes(
     assert seen[1][0] == (4 if strategy == "tiny-look" else 5)
     assert seen[1][1] <= max(len(two_pass.whole(model, p).embeds) for p in prompts) - head
     check_rows(model, prompts)
-
-
-def check_rows(model: IPN, prompts: list[Any]) -> None:
-    """Logits and greedy answers of every row against two passes over that row alone."""
-    with torch.no_grad():
-        logits, real = last_logits(model, prompts)
-        for row, prompt in enumerate(prompts):
-            mine = logits[row][real[row]]
-            expected = two_pass.logits(model, prompt)[-len(mine) :]
-            assert (mine - expected).abs().max() <= 1e-4 * expected.abs().max()
-    answers = model.generate(prompts, max_new_tokens=5)
-    assert [a.ids for a in answers] == [two_pass.greedy(model, p, 5) for p in prompts]
 
 
 @pytest.mark.parametrize("rounds", [1, 2])

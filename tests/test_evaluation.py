@@ -17,7 +17,7 @@ from ipn_core.evaluation.pictures import PictureCache
 from ipn_core.evaluation.scoring import guess, matches, normalise, wilson
 from ipn_core.evaluation.shuffled import draw_partners
 from ipn_core.features import VisualFeatures
-from ipn_core.stages import Request, RequestContext
+from ipn_core.stages import PerceiveContext, Request, RequestContext
 from ipn_core.testing.checkpoints import register_tiny, tiny_config
 from ipn_core.testing.tiny import TinyEncoder, tiny_backbone
 
@@ -173,6 +173,29 @@ def test_pictures_that_do_not_fit_into_memory_are_still_perceived_once(
 def test_features_from_the_cache_can_look_again(model: IPN) -> None:
     features = PictureCache(model).features(split(1, 2))
     assert features.look([(1, 0.0, 0.0, 0.5, 1.0)]).images[0].sample == 1
+
+
+def test_crops_are_encoded_once_and_held_until_there_are_too_many(
+    model: IPN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = PictureCache(model)
+    examples = split(2, 2)
+    features = pictures.features(examples)
+    boxes = [(image, x / 2, 0.0, (x + 1) / 2, 1.0) for image in range(4) for x in (0, 1)]
+    before = model.encoder.encoded
+    seen = features.look(boxes)
+    assert model.encoder.encoded - before == 4  # of two pictures, each asked about twice
+    images = [[p.load() for p in e.images] for e in examples]
+    whole = model.encoder(PerceiveContext(images, [""] * 4)).features.look(boxes)
+    torch.testing.assert_close(seen.values, whole.values)
+    assert seen.images == whole.images
+    before = model.encoder.encoded
+    assert torch.equal(pictures.features(examples).look(boxes).values, seen.values)
+    assert model.encoder.encoded == before
+    monkeypatch.setattr("ipn_core.evaluation.pictures.MAX_BYTES", 1000)
+    assert torch.equal(pictures.features(examples).look(boxes).values, seen.values)
+    assert torch.equal(pictures.features(examples).look(boxes).values, seen.values)
+    assert model.encoder.encoded > before
 
 
 def test_examples_without_and_with_several_pictures(model: IPN) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from toys import picture
 
 from ipn_core.errors import ShapeError
-from ipn_core.features import VisualFeatures
+from ipn_core.features import ImageSpan, VisualFeatures
 from ipn_core.stages import PerceiveContext
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig
 
@@ -46,6 +46,17 @@ def test_packed_positions_spread_to_the_padded_ones() -> None:
     positions, places = features.packed_positions()
     assert torch.equal(features.spread(positions), features.positions())
     assert torch.equal(features.spread(places), features.places())
+
+
+def test_the_patches_of_a_crop_have_their_places_in_the_whole_picture() -> None:
+    box = (0.25, 0.5, 0.75, 1.0)
+    spans = (ImageSpan(0, (2, 3), 0), ImageSpan(0, (2, 2), 6, box=box))
+    features = VisualFeatures(torch.zeros(10, 4), spans, 1)
+    inside = torch.tensor([[y, x] for y in (0.625, 0.875) for x in (0.375, 0.625)])
+    torch.testing.assert_close(features.positions()[0, 6:], inside)
+    torch.testing.assert_close(features.packed_positions()[0][6:], inside)
+    assert features.select([0, 0]).images[3].box == box
+    assert torch.equal(features.positions()[0, :6], packed().positions()[0, :6])
 
 
 def test_equal_grids_need_no_index() -> None:
@@ -128,7 +139,7 @@ def test_a_box_outside_is_refused(box: Any) -> None:
 
 
 def test_features_without_pictures_cannot_look_again() -> None:
-    with pytest.raises(ShapeError, match="cannot look again: they came from a cache"):
+    with pytest.raises(ShapeError, match="cannot look again: they came without their pictures"):
         packed().look([(0, 0, 0, 1, 1)])
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ipn_core.errors import ImageError
-from ipn_core.images import content_key, load_image
+from ipn_core.images import content_key, crop, load_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -38,6 +38,15 @@ def test_paths_bytes_images_and_arrays_give_the_same_pixels(tmp_path: Path) -> N
     path.write_bytes(encoded(RED))
     sources = [path, str(path), path.read_bytes(), RED, np.asarray(RED)]
     assert len({content_key(load_image(s)) for s in sources}) == 1
+
+
+def test_a_crop_is_cut_at_whole_pixels_and_never_empty_or_outside() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    image = Image.fromarray(pixels)
+    assert np.array_equal(crop(image, (0.5, 0.25, 1, 0.75)), pixels[1:3, 3:6])
+    assert np.array_equal(crop(image, (0, 0, 1, 1)), pixels)
+    assert np.array_equal(crop(image, (0.34, 0.26, 0.35, 0.27)), pixels[1:2, 2:3])
+    assert np.array_equal(crop(image, (0.999, 0.999, 1, 1)), pixels[3:4, 5:6])
 
 
 def test_exif_turns_the_picture_upright() -> None:

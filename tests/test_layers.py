@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import two_pass
+from lessons import lesson, lesson_registry, metrics, said, stage, training
 from torch import nn
-from toys import FAMILIES, K, prompt_of, toy_model
+from toys import FAMILIES, picture, prompt_of, toy_model
+from watching import check_loss, check_rows, gradients
 
 from ipn_core.builtin.injectors import TokenInjector
+from ipn_core.errors import ConfigError
+from ipn_core.hooks import hookimpl
 from ipn_core.model import IPN
-from ipn_core.stages import LayerContext, LayerInjector
+from ipn_core.plugins import add_plugin
+from ipn_core.prompt import Prompt
+from ipn_core.stages import LayerInjector
+from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
+from ipn_core.training.run import Training
 
 
-class Between(LayerInjector):
+class Alone(LayerInjector):
     """Adds, before both layers, the mean patch of the pictures before a token, by its position."""
 
-    def __init__(self, tokens: TokenInjector, width: int) -> None:
-        super().__init__(None, tokens.dims)
-        self.tokens = tokens
-        self.map = nn.Linear(tokens.dims.Dv, width)
+    def __init__(self, config: Any, dims: Any) -> None:
+        super().__init__(config, dims)
+        self.map = nn.Linear(dims.Dv, dims.D_hidden[0])
         self.contexts: list[Any] = []
 
     @property
     def layers(self) -> tuple[int, ...]:
         return (0, 1)
-
-    def forward(self, message: Any, context: Any) -> Any:
-        return self.tokens(message, context)
 
     def before_layer(self, hidden: torch.Tensor, context: Any) -> torch.Tensor:
         self.contexts.append(context)
@@ -43,42 +48,49 @@ class Between(LayerInjector):
         return hidden + (wave * (weights.to(hidden.dtype) @ patches)).sin()
 
 
-def between(registry: Any, family: str, rounds: int = 1) -> IPN:
-    model = toy_model(registry, "tiny-look", family, rounds=rounds)
-    model.pm.unregister(model.injector)
-    torch.manual_seed(0)
-    model.injector = Between(model.injector, int(model.backbone.lm.config.hidden_size))
-    model.pm.register(model.injector)
-    return model
+class Between(Alone):
+    """The same, and it fills the slots after a look."""
+
+    def __init__(self, config: Any, dims: Any) -> None:
+        super().__init__(config, dims)
+        self.tokens = TokenInjector(TokenInjector.Config(), dims)
+
+    @property
+    def fills(self) -> int:
+        return self.dims.K
+
+    def forward(self, message: Any, context: Any) -> Any:
+        return self.tokens(message, context)
 
 
-@contextmanager
-def hung_on_every_whole_forward(model: IPN, prompt: Any) -> Any:
-    """The reference: the same call-back, in forwards over whole prompts of one row."""
-    plan = model.planner.plan(prompt)
-    percept = model.perceive([plan.images], [plan.question])
-    starts, at = [], 0
-    for piece in plan.entries:
-        name = type(piece).__name__
-        if name == "ImageSlot":
-            starts.append(at)
-        at += {"ImageSlot": 0, "RequestSlot": 1, "DynamicSlot": K}.get(name, 1)
+class LayersPlugin:
+    @hookimpl
+    def register(self, registry: Any) -> None:
+        registry.injector("toy-alone", Alone)
+        registry.injector("toy-between", Between)
+        registry.strategy("toy-alone", ALONE)
 
-    def before(layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        rows = hidden.shape[0]
-        positions = positions.expand(rows, -1)
-        seen = sum(((positions >= s).long() for s in starts), torch.zeros_like(positions))
-        features = percept.features.select([0] * rows)
-        return model.injector.before_layer(hidden, LayerContext(layer, positions, seen, features))
 
-    with model.backbone.layer_callback(model.injector.layers, before):
-        yield
+ALONE = {"inject": "toy-alone", "layout": {"rounds": 0, "dynamic": 0}}
+
+
+@pytest.fixture(scope="module")
+def registry(registry: Any) -> Any:
+    add_plugin(registry, "toy-layers", LayersPlugin())
+    return registry
+
+
+def between(registry: Any, family: Any, rounds: int = 1) -> IPN:
+    """A model that injects between the layers and, with rounds, into slots as well."""
+    if not rounds:
+        return toy_model(registry, "toy-alone", family)
+    return toy_model(registry, "tiny-look", family, rounds=rounds, inject="toy-between")
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}]
 )
-@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("rounds", [0, 1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_injector_equals_one_without_a_cache(
     registry: Any, family: str, rounds: int, options: dict[str, Any]
@@ -88,9 +100,16 @@ def test_a_layer_injector_equals_one_without_a_cache(
     answers = model.generate(prompts, max_new_tokens=4, **options)
     expected = []
     for prompt in prompts:
-        with hung_on_every_whole_forward(model, prompt):
-            expected += two_pass.generate(model, prompt, max_new_tokens=4, **options)
+        expected += two_pass.generate(model, prompt, max_new_tokens=4, **options)
     assert [a.ids for a in answers] == expected
+    if not options:
+        check_rows(model, [*prompts, prompt_of(0, 0)])
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_rows_of_one_question_about_other_pictures_stay_apart(registry: Any, rounds: int) -> None:
+    model = between(registry, "llama", rounds)
+    check_rows(model, [Prompt.user(picture(i), "What is it, and where?") for i in range(3)])
 
 
 def test_it_changes_the_answer_and_is_gone_afterwards(registry: Any) -> None:
@@ -101,15 +120,18 @@ def test_it_changes_the_answer_and_is_gone_afterwards(registry: Any) -> None:
     assert len(model.backbone.layers[0]._forward_pre_hooks) == before
 
 
-def test_its_loss_equals_the_reference_and_its_parameters_learn(registry: Any) -> None:
-    model = between(registry, "llama")
-    prompt = prompt_of(0, 2, answer="ab")
-    loss, _ = model([prompt])
-    with hung_on_every_whole_forward(model, prompt):
-        expected, _ = two_pass.loss(model, prompt)
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
-    loss.backward()
-    assert model.injector.map.weight.grad.abs().sum() > 0
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_its_loss_equals_the_reference_and_its_parameters_learn(registry: Any, rounds: int) -> None:
+    model = between(registry, "llama", rounds)
+    taught = [
+        prompt_of(0, 2, answer="ab"),
+        prompt_of(1, 1, answer="a"),
+        prompt_of(1, 0, answer="b"),
+    ]
+    loss, count = model(taught)
+    check_loss(model, taught, loss, count)
+    found = gradients(model, model(taught)[0])
+    assert found["injector.map.weight"].abs().sum() > 0
 
 
 def test_it_is_told_which_pictures_stand_before_each_token(registry: Any) -> None:
@@ -124,8 +146,9 @@ def test_it_is_told_which_pictures_stand_before_each_token(registry: Any) -> Non
     assert seen.index(2) == places[1] - 1  # without static tokens a slot takes no position
 
 
-def test_a_dialogue_with_a_layer_injector_equals_a_fresh_start(registry: Any) -> None:
-    model = between(registry, "llama")
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_dialogue_with_a_layer_injector_equals_a_fresh_start(registry: Any, rounds: int) -> None:
+    model = between(registry, "llama", rounds)
     prompt = prompt_of(0, 1)
     dialogue = model.dialogue(prompt.images)
     first = dialogue.ask("What?", max_new_tokens=3)
@@ -134,3 +157,87 @@ def test_a_dialogue_with_a_layer_injector_equals_a_fresh_start(registry: Any) ->
     again = type(prompt)(()).then_user(*prompt.images, "What?")
     again = again.then_assistant(first.ids[:-1] if ended else first.ids).then_user("Who?")
     assert model.generate([again], max_new_tokens=3)[0].ids == second.ids
+
+
+# -- a strategy without a round --------------------------------------------------------------------
+
+
+def test_without_a_round_the_injector_is_all_there_is(registry: Any, tmp_path: Path) -> None:
+    model = between(registry, "llama", rounds=0)
+    assert (model.requester, model.interaction) == (None, None)
+    assert (model.injector.dims.K, model.injector.dims.M, model.injector.dims.Dm) == (0, 0, 0)
+    (answer,) = model.generate([prompt_of(0, 1)], max_new_tokens=3)
+    assert answer.tokens["text"] > 0
+    assert (answer.tokens["request"], answer.tokens["dynamic"]) == (0, 0)
+    model.save_pretrained(tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["layout"]["rounds"] == 0
+    again = IPN.from_pretrained(
+        tmp_path / "m",
+        backbone=tiny_backbone("llama"),
+        encoder=TinyEncoder(TinyEncoderConfig()),
+        registry=registry,
+    )
+    assert again.generate([prompt_of(0, 1)], max_new_tokens=3)[0].ids == answer.ids
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            {"inject": "tokens"},
+            r"^injector 'tokens' does not fit this model: .* layout.rounds 0 .*: name request",
+        ),
+        ({"inject": "layers"}, r"^injector 'layers' does not fit this model: .*layout.rounds 0"),
+        (
+            {"inject": "prefix-kv"},
+            r"^injector 'prefix-kv' does not fit this model: .*layout.rounds 0",
+        ),
+        (
+            {"inject": "toy-alone", "request": "hidden-state"},
+            "request and interact need layout.rounds > 0",
+        ),
+        (
+            {"inject": "toy-alone", "layout": {"rounds": 1}},
+            "with layout.rounds > 0, request, interact and inject are all needed",
+        ),
+    ],
+)
+def test_what_cannot_work_without_a_round_is_refused(
+    registry: Any, config: dict[str, Any], reason: str
+) -> None:
+    values = {"backbone": "tiny", "encoder": "tiny", "layout": {"rounds": 0}, **config}
+    with pytest.raises(ConfigError, match=reason):
+        IPN.from_config(
+            values,
+            backbone=tiny_backbone(),
+            encoder=TinyEncoder(TinyEncoderConfig()),
+            registry=registry,
+        )
+
+
+def without_a_round(llm: Path, lesson_stage: dict[str, Any], folder: Path) -> Training:
+    """A training of `toy-alone`."""
+    registry = lesson_registry()
+    add_plugin(registry, "toy-layers", LayersPlugin())
+    values = lesson(llm, lesson_stage)
+    kept = {key: values["model"][key] for key in ("backbone", "encoder")}
+    values["model"] = {**kept, "strategy": "toy-alone"}
+    return training(values, folder, registry=registry)
+
+
+@pytest.mark.usefixtures("own_training")
+def test_a_strategy_without_a_round_trains(llm: Path, tmp_path: Path) -> None:
+    run = without_a_round(llm, stage("s", "language", train=["inject"], steps=3), tmp_path / "run")
+    run.run()
+    assert "every tensor gets a finite non-zero gradient" in said(run)
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert len(losses) == 3
+
+
+@pytest.mark.usefixtures("own_training")
+@pytest.mark.parametrize("objective", ["answer-embedding", "request-image", "verbalise"])
+def test_objectives_about_messages_are_refused_without_a_round(
+    llm: Path, tmp_path: Path, objective: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"'{objective}' needs a strategy that asks"):
+        without_a_round(llm, stage("s", objective, train=["inject"]), tmp_path / "run").run()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import FAMILIES
 
-from ipn_core.config import Layout
+from ipn_core.config import Layout, PromptConfig
 from ipn_core.errors import PromptError
 from ipn_core.plan import DynamicSlot, ImageSlot, Plan, Planner, RequestSlot, Tokens
 from ipn_core.prompt import Prompt, Text, Turn
@@ -127,7 +127,7 @@ def test_an_answer_to_learn_ends_with_the_end_token_and_is_all_that_is_learned(f
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_system_message_of_the_config_stands_first(family: str) -> None:
     found = tiny_backbone(family).tokenizer.decode(
-        ids(planner(family, system="Be brief.").plan(Prompt.user("What?")))
+        ids(planner(family, prompt=PromptConfig(system="Be brief.")).plan(Prompt.user("What?")))
     )
     assert found.index("Be brief.") < found.index("What?")
 
@@ -158,7 +158,7 @@ def test_a_template_that_refuses_says_so() -> None:
     template = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}"
     template += "{% endif %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(PromptError, match="the chat template refuses these turns: no"):
-        Planner(tokenizer, template, Layout(), "system").plan(Prompt.user("a"))
+        Planner(tokenizer, template, Layout(), PromptConfig(system="system")).plan(Prompt.user("a"))
 
 
 def test_what_is_left_after_a_fed_prefix() -> None:
@@ -202,3 +202,23 @@ def test_any_interleaving_plans_as_many_tokens_as_go_in(
     assert len(places[0]) == pictures
     # One token a byte, so that pictures between the words change nothing about the text's ids.
     assert ids(plan) == ids(PLANNERS[family].plan(text[0]))
+
+
+def test_text_around_pictures_depends_on_what_stands_before_them() -> None:
+    template = (
+        "{% for m in messages %}{{ 'P' if m['image_first'] else 'T' }}{{ m['content'] }}"
+        "{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    around = {"template": template, "before_image": "<", "after_image": ">"}
+    tokenizer = tiny_backbone("llama").tokenizer
+
+    def text(prompt: Prompt, **more: Any) -> str:
+        plan = planner(layout=Layout(rounds=0), prompt=PromptConfig(**around, **more)).plan(prompt)
+        return tokenizer.decode(ids(plan))
+
+    adjacent = Prompt.user(PICTURE, PICTURE, "a", PICTURE, PICTURE)
+    assert text(adjacent) == "P<><>a<><>:"
+    assert text(adjacent, before_next_image="") == "P<>>a<>>:"
+    assert text(adjacent, before_next_image="+") == "P<>+>a<>+>:"
+    assert text(Prompt.user("a", PICTURE)) == "Ta<>:"
+    assert text(Prompt.user("a").then_assistant("b").then_user(PICTURE, "c")) == "TaTbP<>c:"

@@ -16,9 +16,11 @@ from lessons import lesson_registry, stage
 from toys import picture, toy_model
 
 from ipn_core.errors import ConfigError, DataError, UnknownNameError
+from ipn_core.features import VisualFeatures
 from ipn_core.images import content_key
 from ipn_core.plugins import Registry
 from ipn_core.prompt import Prompt
+from ipn_core.stages import PerceiveContext
 from ipn_core.tasks import Example, Picture, open_task
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig
 from ipn_core.training.config import DataConfig, StageConfig
@@ -244,6 +246,65 @@ def test_samples_with_the_same_picture_share_its_patches(tmp_path: Path) -> None
     assert features.values.shape[0] == 9 + 2 * 24
     assert features.images[0].offset == features.images[3].offset
     assert [span.place for span in features.images] == [0, 0, 1, 0, 0, 1]
+
+
+BOXES = [(1, 0.0, 0.0, 0.5, 1.0), (0, 0.25, 0.5, 1.0, 1.0), (2, 0.0, 0.0, 0.5, 1.0)]
+"""Of the pictures of a batch; the last picture is the one before it, asked about again."""
+
+
+def looked(features: VisualFeatures) -> VisualFeatures:
+    return features.look(BOXES)
+
+
+def test_looking_through_the_cache_is_looking_at_the_picture(tmp_path: Path) -> None:
+    cache = FeatureCache(encoder(), tmp_path)
+    keys = cache.add(pictures(2))
+    first, second = keys.values()
+    found = looked(cache.get([[first], [second], [second]]))
+    images = [[p.load()] for p in pictures(2)]
+    with torch.no_grad():
+        context = PerceiveContext([*images, images[1]], ["", "", ""])
+        expected = looked(encoder()(context).features)
+    assert found.images == expected.images
+    assert (found.batch, found.values.dtype) == (3, torch.float32)
+    rounded = expected.values.to(torch.bfloat16).float()
+    assert torch.equal(found.values, rounded)
+    assert torch.equal(found.global_tokens, expected.global_tokens.to(torch.bfloat16).float())
+    # And for a selection of the samples, as the engine makes it.
+    some = cache.get([[first], [second]]).select([1]).look([(0, *BOXES[0][1:])])
+    assert torch.equal(some.values, rounded[: len(some.values)])
+    assert some.images[0].sample == 0
+
+
+def test_a_crop_is_encoded_once_over_runs_and_between_other_pictures(tmp_path: Path) -> None:
+    cache = FeatureCache(encoder(), tmp_path)
+    keys = cache.add(pictures(2))
+    shown = [[keys["p0"]], [keys["p1"]], [keys["p1"]]]
+    before = looked(cache.get(shown)).values
+    assert cache.encoder.encoded == 2 + 2
+    # Another process adds pictures and crops while this one is open, and the other way round.
+    other = FeatureCache(encoder(), tmp_path)
+    check(other, pictures(5), other.add(pictures(5)))
+    assert torch.equal(looked(other.get(shown)).values, before)
+    assert other.encoder.encoded == 3
+    cache.get(shown).look([(0, 0, 0, 1, 1)])
+    other.get(shown).look([(0, 0.0, 0.0, 1.0, 1.0), (1, 0, 0, 1, 1)])
+    assert (cache.encoder.encoded, other.encoder.encoded) == (5, 4)
+    assert torch.equal(looked(cache.get(shown)).values, before)
+    again = FeatureCache(encoder(), tmp_path)
+    check(again, pictures(5), again.add(pictures(5)))
+    assert torch.equal(looked(again.get(shown)).values, before)
+    assert again.encoder.encoded == 0
+
+
+def test_a_crop_is_of_the_picture_with_that_content(tmp_path: Path) -> None:
+    cache = FeatureCache(encoder(), tmp_path)
+    first = cache.get([[cache.add(pictures(1))["p0"]]]).look([(0, 0, 0, 0.5, 1)]).values
+    changed = cache.add([Picture("p0", lambda: picture(5))])["p0"]
+    other = cache.get([[changed]]).look([(0, 0, 0, 0.5, 1)]).values
+    assert not torch.equal(first, other)
+    (expected,) = encoder().encode([picture(5).crop((0, 0, 12, 24))])
+    assert torch.equal(other, expected.values.to(torch.bfloat16).float())
 
 
 # -- requests --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ __all__ = ["register"]
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Add the attention backends, the requesters and the token injector."""
+    """Add the attention backends, the requesters, the injectors and the objectives."""
     registry.attention("eager", "ipn_core.attention.eager:Eager")
     registry.attention("sdpa", "ipn_core.attention.sdpa:SDPA")
     registry.attention("sdpa-cudnn", "ipn_core.attention.sdpa:SDPACudnn")
@@ -28,6 +28,8 @@ def register(registry: Registrar) -> None:
     registry.requester("hidden-state", "ipn_core.builtin.requesters:HiddenState")
     registry.requester("constant", "ipn_core.builtin.requesters:Constant")
     registry.requester("shuffled", "ipn_core.builtin.requesters:Shuffled")
+    registry.injector("layers", "ipn_core.builtin.layers:CrossLayers")
+    registry.injector("prefix-kv", "ipn_core.builtin.prefix_kv:PrefixKV")
     registry.injector("tokens", "ipn_core.builtin.injectors:TokenInjector")
     objectives = "ipn_core.training.objectives"
     registry.objective("answer-embedding", f"{objectives}:AnswerEmbedding")

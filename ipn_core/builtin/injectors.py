@@ -1,4 +1,4 @@
-"""Injectors: how a message becomes inputs of the LLM."""
+"""The injector `tokens`: a message becomes inputs of the LLM."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ class TokenInjectorConfig(Config):
 
     Attributes:
         hidden: width of the small MLP beside the linear map, 0 for none.
+        norm: whether a layer norm comes first.
     """
 
     hidden: int = 0
+    norm: bool = True
 
 
 class TokenInjector(Injector):
     """Fill the K `<img-d>` slots: `slots + W·norm(message) [+ MLP(norm(message))]`.
 
     LMEye (arXiv 2305.03701) adds a linear projection to the learned `<img-d>` embeddings; the
-    MLP beside it is ours.
+    layer norm before it and the MLP beside it are ours.
     """
 
     Config = TokenInjectorConfig
 
     def __init__(self, config: TokenInjectorConfig, dims: Dims) -> None:
         super().__init__(config, dims)
-        self.norm = nn.LayerNorm(dims.Dm)
+        self.norm = nn.LayerNorm(dims.Dm) if config.norm else nn.Identity()
         self.linear = nn.Linear(dims.Dm, dims.D_in)
         self.mlp = (
             nn.Sequential(
@@ -43,12 +45,19 @@ class TokenInjector(Injector):
             else None
         )
 
-    def forward(self, message: VisualMessage, context: InjectContext) -> Injection:
-        """Project (B, K, Dm) to (B, K, D_in).
+    @classmethod
+    def not_supported_reasons(cls, config: TokenInjectorConfig, dims: Dims) -> list[str]:
+        """It needs a message with a token for each slot."""
+        reasons = super().not_supported_reasons(config, dims)
+        if not reasons and dims.M != dims.K:
+            reasons.append(
+                f"the interaction's message has {dims.M} tokens and the layout {dims.K} slots for "
+                f"them: set layout.dynamic to {dims.M}"
+            )
+        return reasons
 
-        Raises:
-            ShapeError: the message has another number of tokens than the layout has slots.
-        """
+    def forward(self, message: VisualMessage, context: InjectContext) -> Injection:
+        """Project (B, K, Dm) to (B, K, D_in)."""
         return Injection(self.project(message.values) + context.slots)
 
     def project(self, values: Tensor) -> Tensor:

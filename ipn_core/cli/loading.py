@@ -108,14 +108,14 @@ def load_model(model: str, interact: str | None, untrained: bool) -> IPN:
     known = registry.entries("weights")
     if model in known:
         pull(model)
-    from ipn_core.checkpoint import read_config, strategies_of
-    from ipn_core.locate import locate_model
+    from ipn_core.checkpoint import open_source
     from ipn_core.model import IPN
 
-    there = strategies_of(locate_model(model, registry))
-    trained = interact is None or interact in there
+    source = open_source(model, registry)
+    trained = interact is None or interact in source.strategies
     if trained or untrained:
-        needed = read_config(there[interact if interact in there else next(iter(there))], registry)
+        chosen = interact if interact in source.strategies else source.strategies[0]
+        needed = source.config(str(chosen), registry)
         if needed.backbone.weights in known:
             pull(str(needed.backbone.weights))
     loaded = IPN.from_pretrained(model, interact=interact, untrained=untrained, registry=registry)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ipn_core.errors import DataError
 from ipn_core.features import VisualFeatures
 from ipn_core.hooks import hookimpl
-from ipn_core.stages import LayerInjector, Percept, Request, RequestContext
+from ipn_core.stages import Percept, Request, RequestContext
 
 if TYPE_CHECKING:
     from ipn_core.evaluation.pictures import PictureCache
@@ -110,7 +110,7 @@ def requests_depend_on_pictures(model: IPN) -> bool:
     return (
         model.config.layout.rounds > 1
         or bool(model.config.perceive)
-        or isinstance(model.injector, LayerInjector)
+        or not (model.injector is None or model.injector.needs_message)
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FrozenBackbone",
+    "awake",
     "check_gradients",
     "check_stages",
     "choose",
@@ -84,20 +86,21 @@ def trainable(model: IPN, prefixes: Iterable[str]) -> dict[str, nn.Parameter]:
         ConfigError: a prefix names nothing that the model uses, or the backbone.
     """
     unused = _unused_slots(model)
+    # The vision encoder stays frozen, and so does what stages borrow.
+    frozen = {id(p) for part in (model.encoder, *model.borrowed) for p in part.parameters()}
     chosen: dict[str, nn.Parameter] = {}
     for prefix in prefixes:
         inner = _inner(prefix)
         found = {
             name: p
             for name, p in model.named_parameters()
-            if (name == inner or name.startswith(inner + ".")) and name not in unused
+            if (name == inner or name.startswith(inner + "."))
+            and name not in unused
+            and id(p) not in frozen
         }
-        if prefix.startswith("perceive"):
-            # The vision encoder stays frozen; what connects it is trained.
-            encoder = {id(p) for p in model.encoder.parameters()}
-            found = {n: p for n, p in found.items() if id(p) not in encoder}
         if not found or inner.startswith("backbone"):
-            stages = ["perceive", *_PARTS, "slots.image", "slots.request", "slots.dynamic"]
+            slots = ("slots.image", "slots.request", "slots.dynamic")
+            stages = ["perceive", *_PARTS, *(slot for slot in slots if slot not in unused)]
             raise ConfigError(
                 f"'train': '{prefix}' names nothing that can be trained in this model. Start with "
                 f"one of {', '.join(stages)}."
@@ -108,14 +111,36 @@ def trainable(model: IPN, prefixes: Iterable[str]) -> dict[str, nn.Parameter]:
 
 def _unused_slots(model: IPN) -> set[str]:
     """Name the slots that no prompt of this model holds."""
-    asking = {"slots.request", "slots.dynamic"} if model.requester is None else set()
-    return asking | ({"slots.image"} if model.perceiver.static_tokens == 0 else set())
+    unused = {
+        "slots.image": model.perceiver.static_tokens == 0,
+        "slots.request": model.requester is None,
+        "slots.dynamic": model.injector is None or not model.injector.fills,
+    }
+    return {slot for slot, idle in unused.items() if idle}
 
 
 def _inner(prefix: str) -> str:
     head, _, rest = prefix.partition(".")
     head = _PARTS.get(head, "perceiver" if head == "perceive" else head)
     return f"{head}.{rest}" if rest else head
+
+
+@contextmanager
+def awake(trained: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Put small numbers into trained tensors that are all zero, for the length of the block.
+
+    A gate that starts at zero keeps every gradient from what stands behind it until the first step
+    has moved it; that is no fault.
+    """
+    asleep = [(p, p.detach().clone()) for p in trained.values() if not bool(p.any())]
+    try:
+        for parameter, _ in asleep:
+            nn.init.normal_(parameter, std=0.02)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in asleep:
+                parameter.copy_(before)
 
 
 def check_gradients(model: IPN, trained: dict[str, nn.Parameter]) -> None:

@@ -73,6 +73,8 @@ class TrainConfig(Config):
 
     Attributes:
         model: as in a checkpoint's config; `strategy` fills in a preset.
+        base: a model, such as `llava:ID`, whose LLM, vision encoder and prompt format are taken
+            where `model` does not name its own; None for none.
         start_from: a checkpoint whose weights to begin with, None for new ones.
         data: what to learn from.
         validate_on: what to look at while training; never a test split.
@@ -85,6 +87,7 @@ class TrainConfig(Config):
     """
 
     model: dict[str, Any]
+    base: str | None = None
     start_from: str | None = None
     data: tuple[DataConfig, ...] = Field(min_length=1)
     validate_on: tuple[DataConfig, ...] = ()

@@ -1,8 +1,9 @@
 """A cache on disk for what a frozen vision encoder makes of pictures.
 
 Keyed by the encoder's fingerprint and each picture's pixels, so that a changed file, another
-encoder or another size never meets a stale entry. Two files that only grow: `values.bin`, bfloat16
-numbers, and `index.jsonl`, one line a picture, written after its values.
+encoder or another size never meets a stale entry. A crop that an interaction looks at again is kept
+like a picture, by its picture's key and its edges. Two files that only grow: `values.bin`, bfloat16
+numbers, and `index.jsonl`, one line a picture or crop, written after its values.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ipn_core.features import VisualFeatures
+from ipn_core.features import Box, VisualFeatures
 from ipn_core.files import atomic_write, lock
-from ipn_core.images import content_key
+from ipn_core.images import content_key, crop
+from ipn_core.stages import EncodedImage
 from ipn_core.weights import cache_dir
 
 if TYPE_CHECKING:
-    from ipn_core.stages import EncodedImage, VisionEncoder
+    from ipn_core.stages import VisionEncoder
     from ipn_core.tasks import Picture
 
 __all__ = ["FeatureCache"]
@@ -45,8 +47,12 @@ class _Entry:
     global_token: bool
 
 
+_Crop = tuple[str, tuple[float, ...]]
+"""The key of a picture, and the edges of a part of it."""
+
+
 class FeatureCache:
-    """Features of pictures by content, computed once."""
+    """Features of pictures by content, computed once, and of their crops, once they are needed."""
 
     def __init__(self, encoder: VisionEncoder, folder: Path | None = None) -> None:
         """Open or start the cache of an encoder.
@@ -61,6 +67,8 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._index: dict[str, _Entry] = {}
         self._values: Tensor | None = None
+        self._sizes = (0, 0)
+        self._pictures: dict[str, Picture] = {}
 
     @property
     def _index_path(self) -> Path:
@@ -85,11 +93,7 @@ class FeatureCache:
         keys: dict[str, str] = {}
         with lock(self.folder / "lock"):
             self._refresh()
-            missing = self._missing(pictures, keys, report)
-            for chunk in _chunks(missing, _BATCH):
-                with torch.inference_mode():
-                    encoded = self.encoder.encode([image for _, image in chunk])
-                self._append([key for key, _ in chunk], encoded)
+            self._encode(self._missing(pictures, keys, report))
         return keys
 
     def get(self, keys: Sequence[Sequence[str]]) -> VisualFeatures:
@@ -99,21 +103,43 @@ class FeatureCache:
             keys: for each sample, the content keys of its pictures.
 
         Returns:
-            float32 features on the CPU; samples with the same picture share its patches.
+            float32 features on the CPU; samples with the same picture share its patches. They can
+            look at pictures that this cache was given by `add`.
         """
         distinct = list(dict.fromkeys(key for row in keys for key in row))
         index = {key: i for i, key in enumerate(distinct)}
-        entries = [self._index[key] for key in distinct]
-        loaded = [self._load(entry) for entry in entries]
+        loaded = [self._load(key) for key in distinct]
         return VisualFeatures.share(
-            [patches for patches, _ in loaded],
-            [(e.h, e.w) for e in entries],
+            [one.values for one in loaded],
+            [one.grid for one in loaded],
             [[index[key] for key in row] for row in keys],
             self.encoder.width,
-            [token for _, token in loaded],
+            [one.global_token for one in loaded],
+            self._looker(keys),
         )
 
-    def _load(self, entry: _Entry) -> tuple[Tensor, Tensor | None]:
+    def _looker(self, keys: Sequence[Sequence[str]]) -> Callable[[Sequence[Box]], VisualFeatures]:
+        shown = [(row, key) for row, of_row in enumerate(keys) for key in of_row]
+
+        def look(boxes: Sequence[Box]) -> VisualFeatures:
+            crops: list[_Crop] = [
+                (shown[image][1], tuple(map(float, edges))) for image, *edges in boxes
+            ]
+            if any(_crop_key(one) not in self._index for one in crops):
+                with lock(self.folder / "lock"):
+                    self._refresh()
+                    self._encode(self._missing_crops(crops))
+            return VisualFeatures.of(
+                [self._load(_crop_key(one)) for one in crops],
+                [shown[image][0] for image, *_ in boxes],
+                len(keys),
+                torch.zeros(0, self.encoder.width),
+            )
+
+        return look
+
+    def _load(self, key: str) -> EncodedImage:
+        entry = self._index[key]
         if self._values is None:
             size = self._values_path.stat().st_size // _BYTES
             self._values = torch.from_file(
@@ -122,7 +148,8 @@ class FeatureCache:
         width = self.encoder.width
         rows = entry.h * entry.w + entry.global_token
         values = self._values[entry.offset : entry.offset + rows * width].float().view(rows, width)
-        return values[: entry.h * entry.w], values[-1] if entry.global_token else None
+        token = values[-1] if entry.global_token else None
+        return EncodedImage(values[: entry.h * entry.w], (entry.h, entry.w), token)
 
     def _missing(
         self,
@@ -135,11 +162,28 @@ class FeatureCache:
             if picture.name not in keys:
                 image = picture.load()
                 key = keys[picture.name] = content_key(image)
+                self._pictures[key] = picture
                 if key not in self._index and key not in waiting:
                     waiting.add(key)
                     yield key, image
             if report:
                 report(len(keys))
+
+    def _missing_crops(self, crops: Sequence[_Crop]) -> Iterator[tuple[str, Any]]:
+        by_picture: dict[str, list[_Crop]] = {}
+        for one in dict.fromkeys(crops):
+            if _crop_key(one) not in self._index:
+                by_picture.setdefault(one[0], []).append(one)
+        for key, of_picture in by_picture.items():
+            image = self._pictures[key].load()
+            for one in of_picture:
+                yield _crop_key(one), crop(image, one[1])
+
+    def _encode(self, missing: Iterator[tuple[str, Any]]) -> None:
+        for chunk in _chunks(missing, _BATCH):
+            with torch.inference_mode():
+                encoded = self.encoder.encode([image for _, image in chunk])
+            self._append([key for key, _ in chunk], encoded)
 
     def _append(self, keys: Sequence[str], encoded: Sequence[EncodedImage]) -> None:
         lines = []
@@ -156,7 +200,11 @@ class FeatureCache:
             file.flush()
         with open(self._index_path, "a", encoding="utf-8") as file:
             file.write("".join(line + "\n" for line in lines))
+        self._sizes = self._sizes_now()
         self._values = None
+
+    def _sizes_now(self) -> tuple[int, int]:
+        return self._index_path.stat().st_size, self._values_path.stat().st_size
 
     def _refresh(self) -> None:
         """Read what is there; drop lines that an interrupted writer left without their values."""
@@ -164,7 +212,7 @@ class FeatureCache:
             self._values_path.touch()
         size = self._values_path.stat().st_size // _BYTES
         os.truncate(self._values_path, size * _BYTES)
-        if not self._index_path.exists():
+        if not self._index_path.exists() or self._sizes == self._sizes_now():
             return
         self._index = {}
         text = self._index_path.read_text(encoding="utf-8")
@@ -181,7 +229,13 @@ class FeatureCache:
         kept = "".join(whole)
         if kept != text:
             atomic_write(self._index_path, kept.encode())
+        self._sizes = self._sizes_now()
         self._values = None
+
+
+def _crop_key(crop: _Crop) -> str:
+    key, edges = crop
+    return f"{key}@{','.join(map(repr, edges))}"
 
 
 def _entry(line: str) -> _Entry | None:

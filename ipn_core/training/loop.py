@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ipn_core.errors import TrainingError
-from ipn_core.training.checks import check_gradients, choose, finite_gradients, first_bad
+from ipn_core.training.checks import awake, check_gradients, choose, finite_gradients, first_bad
 from ipn_core.training.data import Batch, Data, Sampler, make_batch
 from ipn_core.training.objectives import Objective, build_objectives, request_of
 from ipn_core.training.requests import RequestCache, requests_are_constant
@@ -162,7 +162,8 @@ class StageRun:
         with torch.random.fork_rng():
             batch = self._batch(0)
             offered = self._offered(batch)
-            self._backward(batch)
+            with awake(self.trained):
+                self._backward(batch)
             check_gradients(self.model, self.trained)
         self.optimizer.zero_grad(set_to_none=True)
         count = sum(p.numel() for p in self.trained.values())

@@ -210,10 +210,11 @@ class Verbalise(_TowardsAnswers):
     def _message(self, batch: Batch) -> Tensor:
         directions = self.answers.directions
         right = directions[self.answers.index(batch).to(directions.device)]
-        K, device = self.model.config.layout.dynamic, right.device
+        assert self.model.interaction is not None
+        M, device = self.model.interaction.length, right.device
         wrong = directions[torch.randint(len(directions), (len(right),), device=device)]
         wrong = wrong * torch.rand(len(right), 1, device=device) * 0.4
-        noise = torch.randn(len(right), K, right.shape[1], device=device)
+        noise = torch.randn(len(right), M, right.shape[1], device=device)
         noise = noise * torch.rand(len(right), 1, 1, device=device) / right.shape[1] ** 0.5
         message: Tensor = (right + wrong).unsqueeze(1) + noise
         return message

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ipn_core.files import atomic_write
 from ipn_core.prompt import Prompt
-from ipn_core.stages import Connector, LayerInjector
+from ipn_core.stages import Connector
 from ipn_core.tasks import Example
 from ipn_core.weights import cache_dir
 
@@ -34,7 +34,8 @@ def requests_are_constant(model: IPN) -> bool:
     return (
         model.requester is not None
         and not isinstance(model.perceiver, Connector)
-        and not isinstance(model.injector, LayerInjector)
+        and model.injector is not None
+        and model.injector.needs_message
         and not model.slots.request.requires_grad
         and model.config.layout.order.index("look") > model.config.layout.order.index("text")
     )

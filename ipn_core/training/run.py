@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from ipn_core.checkpoint import load_state as load_weights
-from ipn_core.checkpoint import read_weights, save, strategies_of
+from ipn_core.checkpoint import open_source, save
 from ipn_core.config import load_yaml, set_by_path
 from ipn_core.errors import ConfigError
 from ipn_core.files import atomic_write
-from ipn_core.locate import locate_model
 from ipn_core.plugins import Registry, get_registry
 from ipn_core.training.checks import FrozenBackbone, check_stages
 from ipn_core.training.config import DataConfig, TrainConfig
@@ -190,15 +188,16 @@ class Training:
     def _build(self) -> IPN:
         from ipn_core.model import IPN
 
+        values = dict(self.config.model)
+        if self.config.base is not None:
+            values = {**open_source(self.config.base, self.registry).base(self.registry), **values}
         model = self._model or IPN.from_config(
-            self.config.model, registry=self.registry, name=str(self.folder)
+            values, registry=self.registry, name=str(self.folder)
         )
         if self.config.start_from is not None:
-            source = locate_model(self.config.start_from, self.registry)
-            checkpoints = strategies_of(source)
-            chosen = checkpoints.get(model.strategy, next(iter(checkpoints.values())))
-            weights = chosen / "model.safetensors"
-            load_weights(model, read_weights(weights), str(weights))
+            source = open_source(self.config.start_from, self.registry)
+            there = model.strategy in source.strategies
+            source.fill(model, model.strategy if there else source.strategies[0])
         return model
 
     def _open(self, entries: Sequence[DataConfig]) -> list[Data]:

@@ -12,7 +12,7 @@ from torch import nn
 from ipn_core.builtin.injectors import TokenInjector
 from ipn_core.builtin.requesters import HiddenState
 from ipn_core.config import Config
-from ipn_core.stages import Connector, Injection, Request
+from ipn_core.stages import Connector, Injection, LayerInjector, Request
 from ipn_core.testing.contracts import (
     ConnectorContract,
     ContractError,
@@ -90,6 +90,51 @@ def wrapped(good: type, change: Any) -> type:
     return type("Wrapped", (good,), {"forward": forward})
 
 
+def miscounts(good: type) -> type:
+    return type("Miscounts", (good,), {"fills": property(lambda self: 5)})
+
+
+def accepts(good: type) -> type:
+    return type("Accepts", (good,), {"not_supported_reasons": classmethod(lambda *_: [])})
+
+
+class Between(LayerInjector):
+    """Adds to a token after a look the last message that it has seen."""
+
+    needs_message = True
+
+    def __init__(self, config: Any, dims: Any) -> None:
+        super().__init__(config, dims)
+        self.map = nn.Linear(dims.Dm, dims.D_hidden[0], bias=False)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (0,)
+
+    def before_layer(self, hidden: torch.Tensor, context: Any) -> torch.Tensor:
+        told = self.map(context.messages.mean(2))
+        last = told.gather(1, self.seen(context).expand(-1, -1, told.shape[2]))
+        return hidden + last * (context.looks > 0).unsqueeze(-1)
+
+    def seen(self, context: Any) -> torch.Tensor:
+        return (context.looks - 1).clamp(min=0).unsqueeze(-1)
+
+
+class Foresees(Between):
+    def seen(self, context: Any) -> torch.Tensor:
+        return torch.ones_like(super().seen(context))
+
+
+class Gathers(Between):
+    def before_layer(self, hidden: torch.Tensor, context: Any) -> torch.Tensor:
+        return super().before_layer(hidden, context) + hidden.mean(1, keepdim=True)
+
+
+class Meddles(Between):
+    def before_layer(self, hidden: torch.Tensor, context: Any) -> torch.Tensor:
+        return super().before_layer(hidden, context) + 1
+
+
 class OwnRequester(HiddenState):
     """A hidden state through a linear map."""
 
@@ -120,7 +165,8 @@ BREAKS: dict[type, tuple[type, dict[str, tuple[Any, str]]]] = {
         {
             **COMMON,
             "test_order_of_the_batch": (mixes, "differ by"),
-            "test_the_message_decides": (deaf, "both tokens are equal"),
+            "test_what_is_injected_decides": (deaf, "tokens: both are equal"),
+            "test_it_is_refused_where_it_cannot_work": (accepts, "no reason against no message"),
         },
     ),
 }
@@ -144,7 +190,36 @@ def test_a_broken_stage_is_told_the_clause_and_the_mend(base: type, name: str) -
 @pytest.mark.parametrize("base", BREAKS)
 def test_every_clause_has_a_stage_that_breaks_it(base: type) -> None:
     # Imports are the same clause for all kinds; the interactions' tests break it.
-    assert set(BREAKS[base][1]) == set(clauses(base)) - {"test_imports_are_cheap"}
+    elsewhere = {"test_imports_are_cheap"} | {name for name, _ in BETWEEN.values()}
+    assert set(BREAKS[base][1]) == set(clauses(base)) - elsewhere
+
+
+# -- between the layers ----------------------------------------------------------------------------
+
+BETWEEN = {
+    Foresees: ("test_what_comes_later_stays_unseen", "differ by"),
+    Meddles: ("test_what_comes_later_stays_unseen", "differ by"),
+    Gathers: ("test_a_token_alone_is_as_among_others", "differ by"),
+}
+
+
+@pytest.mark.parametrize("name", clauses(InjectorContract))
+def test_a_good_layer_injector_keeps_every_clause(name: str) -> None:
+    if name != "test_imports_are_cheap":
+        check(contract(InjectorContract, Between), name)
+
+
+@pytest.mark.parametrize("target", BETWEEN, ids=lambda t: t.__name__)
+def test_a_broken_layer_injector_is_told_the_clause_and_the_mend(target: type) -> None:
+    name, seen = BETWEEN[target]
+    with pytest.raises(ContractError, match=rf"(?s)clause '.*{seen}.*What to do: "):
+        check(contract(InjectorContract, target), name)
+
+
+def test_an_injector_that_miscounts_its_slots_is_told() -> None:
+    target = type("Five", (miscounts(TokenInjector),), {})
+    with pytest.raises(ContractError, match=r"tokens: the shape is \(4, 3, 28\), expected"):
+        check(contract(InjectorContract, target), "test_shape_and_dtype")
 
 
 # -- connectors ------------------------------------------------------------------------------------

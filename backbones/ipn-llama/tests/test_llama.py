@@ -9,7 +9,7 @@ import torch
 from ipn_llama.llama import Llama, Vicuna
 
 from ipn_core.backbone import Backbone
-from ipn_core.config import BackboneConfig, Layout
+from ipn_core.config import BackboneConfig, Layout, PromptConfig
 from ipn_core.errors import CheckpointError, ConfigError, UnknownNameError, UserError
 from ipn_core.plan import Planner, Tokens
 from ipn_core.prompt import Prompt
@@ -42,7 +42,9 @@ class TestVicuna(BackboneContract):
 
 
 def rendered(backbone: Llama, prompt: Prompt, system: str | None = None) -> str:
-    plan = Planner(backbone.tokenizer, backbone.template, Layout(), system).plan(prompt)
+    plan = Planner(
+        backbone.tokenizer, backbone.template, Layout(), PromptConfig(system=system)
+    ).plan(prompt)
     return backbone.tokenizer.decode(
         [i for p in plan.pieces if isinstance(p, Tokens) for i in p.ids]
     )

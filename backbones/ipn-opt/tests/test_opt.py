@@ -7,7 +7,7 @@ import torch
 from ipn_opt.opt import Opt
 
 from ipn_core.backbone import Backbone
-from ipn_core.config import Layout
+from ipn_core.config import Layout, PromptConfig
 from ipn_core.errors import ConfigError
 from ipn_core.plan import Planner, Tokens
 from ipn_core.prompt import Prompt
@@ -62,7 +62,9 @@ def test_padding_on_the_left_shifts_no_position() -> None:
 def test_questions_and_answers_alternate() -> None:
     backbone = tiny_backbone("opt")
     prompt = Prompt.user("a").then_assistant("b").then_user("c")
-    plan = Planner(backbone.tokenizer, backbone.template, Layout(), "s").plan(prompt)
+    plan = Planner(backbone.tokenizer, backbone.template, Layout(), PromptConfig(system="s")).plan(
+        prompt
+    )
     text = backbone.tokenizer.decode(
         [i for p in plan.pieces if isinstance(p, Tokens) for i in p.ids]
     )

@@ -31,8 +31,8 @@ class ConnectorContract(ModuleContract):
         return made
 
     def tokens(self, module: nn.Module, features: VisualFeatures) -> Sequence[Tensor]:
-        """The static tokens of each picture, (S, D_in) each."""
-        questions = [f"What is number {row}?" for row in range(features.batch)]
+        """The static tokens of each picture, (S, D_in) each; all are asked the same."""
+        questions = ["What is it?"] * features.batch
         percept = module(PerceiveContext([[]] * features.batch, questions, features))
         tokens: Sequence[Tensor] = percept.tokens
         return tokens

@@ -64,7 +64,7 @@ class InteractionContract(ModuleContract):
             asked = replace(self.request(), values=self.request().values.to(dtype))
             message = module(asked, self.features().to(dtype=dtype))
             assert isinstance(message, VisualMessage), f"it returned {type(message).__name__}"
-            expected = (len(SAMPLES), self.K, module.width)
+            expected = (len(SAMPLES), module.length, module.width)
             got = tuple(message.values.shape)
             assert got == expected, f"values are {got}, expected (B, K, Dm) = {expected}"
             assert message.values.dtype == dtype, f"values are {message.values.dtype}, not {dtype}"
@@ -137,7 +137,7 @@ class InteractionContract(ModuleContract):
                 assert attention is None, "a map came although `has_map` is False"
                 return
             assert attention is not None, "`has_map` promises a map, and none came"
-            expected = (len(SAMPLES), self.K, seen.mask.shape[1])
+            expected = (len(SAMPLES), module.length, seen.mask.shape[1])
             got = tuple(attention.shape)
             assert got == expected, f"the map is {got}, expected (B, K, P) = {expected}"
             assert not attention.masked_select(~seen.mask.unsqueeze(1)).any(), "it looks at padding"

@@ -41,7 +41,10 @@ class ModuleContract(ComponentContract):
             R=self.R,
             K=self.K,
             D_request=24,
+            M=self.K,
             Dm=22,
+            H_kv=2,
+            D_head=6,
         )
 
     def new(self, **more: Any) -> nn.Module:

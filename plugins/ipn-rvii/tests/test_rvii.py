@@ -17,6 +17,7 @@ from ipn_core.features import VisualFeatures
 from ipn_core.model import IPN
 from ipn_core.stages import Dims, Request
 from ipn_core.testing.contracts import InteractionContract
+from ipn_core.testing.oracles import assert_same, record_oracle
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
 
 DIMS = Dims(Dv=12, D_in=20, D_hidden=(14, 14), D_out=14, K=3, D_request=14)
@@ -65,6 +66,36 @@ def features(*samples: tuple[int, ...]) -> VisualFeatures:
 def request(batch: int, R: int = 1, return_map: bool = True) -> Request:
     generator = torch.Generator().manual_seed(batch)
     return Request(torch.randn(batch, R, 14, generator=generator), return_map=return_map)
+
+
+@torch.no_grad()
+def test_the_equations_of_the_paper(record_property: Any) -> None:
+    model, seen, asked = build(frequencies=0), features((0,), (1,), (3,)), request(3)
+    got = model(asked, seen).values
+    patches, mask = seen.padded()
+
+    def attention(layer: Any, tokens: Tensor, others: Tensor) -> Tensor:
+        looked = []
+        keys, values = layer.kv(others).chunk(2, dim=-1)
+        heads = zip(
+            *(x.chunk(layer.heads, -1) for x in (layer.q(tokens), keys, values)), strict=True
+        )
+        for q, k, v in heads:
+            looked.append((q @ k.T / q.shape[-1] ** 0.5).softmax(-1) @ v)
+        return layer.out(torch.cat(looked, dim=-1))
+
+    for row in range(3):
+        picture = model.patch_norm(model.patch_in(patches[row][mask[row]]) + model.place.weight[0])
+        wanted = model.asked(Request(asked.values[row : row + 1]))[0]  # (1, W)
+        x = torch.cat([model.queries + wanted, wanted])
+        for block in model.blocks:
+            normed = block.self_norm(x)
+            x = x + attention(block.self_attention, normed, normed)
+            x = x + attention(block.cross_attention, block.cross_norm(x), picture)
+            x = x + block.mlp(block.mlp_norm(x))
+        expected = model.out(model.out_norm(x[: DIMS.K]))
+        worst = assert_same([got[row]], [expected])
+        record_oracle(record_property, "rvii", "the paper's equations", worst)
 
 
 @both

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from ipn_vision.loading import TOWERS
+from ipn_vision.loading import TOWERS, named_tower
 from ipn_vision.tower import VisionTower, VisionTowerConfig
 from PIL import Image
 
@@ -102,6 +102,12 @@ def _make(kind: str) -> tuple[Any, dict[str, Any]]:
         )
         settings = {"image_processor_type": "SiglipImageProcessor", **SQUARE}
         return t.Idefics2ForConditionalGeneration(config), settings
+    if kind == "idefics":
+        vision = {**VISION, "embed_dim": 32}
+        vision.pop("hidden_size")
+        config = t.IdeficsConfig(**{**TEXT, "vision_config": vision})
+        settings = {"image_processor_type": "IdeficsImageProcessor", "image_size": 32}
+        return t.IdeficsForVisionText2Text(config), settings
     qformer = {**TEXT, "encoder_hidden_size": 32}
     opt = {**TEXT, "model_type": "opt", "ffn_dim": 24, "word_embed_proj_dim": 16}
     parts = {"vision_config": VISION, "qformer_config": qformer, "text_config": opt}
@@ -114,6 +120,21 @@ def _make(kind: str) -> tuple[Any, dict[str, Any]]:
     return t.InstructBlipForConditionalGeneration(config), settings
 
 
+class Stepwise(torch.nn.Module):
+    """Idefics' tower, layer by layer: transformers returns no hidden states of it."""
+
+    def __init__(self, tower: Any) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixels: torch.Tensor, output_hidden_states: bool) -> Any:
+        states = [self.tower.pre_layrnorm(self.tower.embeddings(pixels))]
+        for layer in self.tower.encoder.layers:
+            states.append(layer(states[-1], None))
+        last = self.tower(pixels).last_hidden_state
+        return SimpleNamespace(last_hidden_state=last, hidden_states=states)
+
+
 TOWER_OF = {
     "whole-clip": lambda m: m.vision_model,
     "whole-siglip": lambda m: m.vision_model,
@@ -121,6 +142,7 @@ TOWER_OF = {
     "blip-2": lambda m: m.vision_model,
     "instructblip": lambda m: m.vision_model,
     "idefics2": lambda m: m.model.vision_model,
+    "idefics": lambda m: Stepwise(m.model.vision_model),
 }
 
 
@@ -177,7 +199,8 @@ def test_it_gives_what_the_tower_gives(saved: Any, kind: str, layer: int) -> Non
     plain, folder = saved(kind)
     encoder = tower(folder, layer=layer, batch=2)
     found = encoder.encode(PICTURES)
-    pixels = encoder.processor(images=PICTURES, return_tensors="pt")["pixel_values"]
+    made = encoder.processor(images=PICTURES, return_tensors="pt")
+    pixels = made if kind == "idefics" else made["pixel_values"]
     assert pixels.shape == (3, 3, 32, 32)
     with torch.no_grad():
         out = plain(pixels, output_hidden_states=True)
@@ -215,6 +238,18 @@ def test_pictures_need_not_be_square(saved: Any, kind: str) -> None:
     for image, want in zip(found, expected, strict=True):
         assert image.grid == (3, 6)
         torch.testing.assert_close(image.values, want[-18:], rtol=1e-5, atol=1e-5)
+
+
+def test_an_image_size_wins_over_that_of_idefics(saved: Any) -> None:
+    plain, folder = saved("idefics")
+    encoder = tower(folder, image_size=[24, 48])
+    pixels = encoder.processor(images=PICTURES, return_tensors="pt")
+    assert pixels.shape == (3, 3, 24, 48)
+    with torch.no_grad():
+        expected = plain.tower(pixels, interpolate_pos_encoding=True).last_hidden_state
+    for image, want in zip(encoder.encode(PICTURES), expected, strict=True):
+        assert image.grid == (3, 6)
+        torch.testing.assert_close(image.values, want[1:], rtol=1e-5, atol=1e-5)
 
 
 def test_an_image_size_shows_the_whole_picture(saved: Any) -> None:
@@ -343,9 +378,7 @@ def test_towers_that_automodel_refuses_are_named_rightly(model_type: str) -> Non
 
     config = CONFIG_MAPPING[model_type]
     assert config not in MODEL_MAPPING
-    name = config.__module__.replace(".configuration_", ".modeling_")
-    cls = getattr(importlib.import_module(name), TOWERS[model_type])
-    assert cls.config_class is config
+    assert named_tower(config).config_class is config
 
 
 @pytest.mark.parametrize(

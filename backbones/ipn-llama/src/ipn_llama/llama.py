@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from ipn_core.backbone import Backbone
 
@@ -29,6 +29,14 @@ class Llama(Backbone):
         """The decoder's layers."""
         found: nn.ModuleList = self.lm.model.layers
         return found
+
+    def place_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Rotate keys by their positions: LLaMA keeps them rotated (arXiv 2104.09864)."""
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        cos, sin = (x[:, None] for x in self.lm.model.rotary_emb(keys, positions))
+        placed: Tensor = apply_rotary_pos_emb(keys, keys, cos, sin, unsqueeze_dim=3)[1]
+        return placed
 
 
 class Vicuna(Llama):

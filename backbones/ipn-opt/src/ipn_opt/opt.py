@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from ipn_core.backbone import Backbone
 
@@ -31,3 +31,7 @@ class Opt(Backbone):
         """The decoder's layers."""
         found: nn.ModuleList = self.lm.model.decoder.layers
         return found
+
+    def place_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Leave keys as they are: OPT adds positions to the embeddings alone."""
+        return keys

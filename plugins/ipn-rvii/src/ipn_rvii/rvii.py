@@ -14,7 +14,7 @@ from ipn_core import Config, Dims, Interaction, Request, VisualFeatures, VisualM
 from ipn_core.attention import attend
 from ipn_core.errors import ConfigError
 from ipn_core.positions import cosines
-from ipn_rvii.guide import Guide, GuideConfig
+from ipn_rvii.guide import Guide, GuideConfig, Guided
 
 __all__ = ["RVII", "RVIIConfig"]
 
@@ -99,17 +99,34 @@ class RVII(Interaction):
 
     def forward(self, request: Request, features: VisualFeatures) -> VisualMessage:
         """Look at the patches with the request; see `Interaction.forward`."""
-        asked = self._asked(request.values)
+        asked = self.asked(request)
+        guided = None if self.guide is None else self.guide(asked[:, 0], features)
+        return self.read(asked, features, guided, request.return_map)
+
+    def read(
+        self,
+        asked: Tensor,
+        features: VisualFeatures,
+        guided: Guided | None = None,
+        return_map: bool = False,
+    ) -> VisualMessage:
+        """Look at the patches with a mapped request, and with maps of them if there is a guide.
+
+        Args:
+            asked: (B, 1, W) what `asked` makes of a request.
+            features: of the same B samples.
+            guided: what the guide says; its maps are over the patches of `features`.
+            return_map: whether to return where it looked.
+        """
         patches = self._patches(features)
         bias, told = None, asked
-        if self.guide is not None:
-            guided = self.guide(asked[:, 0], features)
+        if guided is not None:
             bias, told = guided.log_maps, torch.cat([asked, guided.findings], dim=1)
         queries = self.queries + asked
         tokens = torch.cat([queries, told], dim=1)
         seen: Tensor | None = None
         for index, block in enumerate(self.blocks):
-            wanted = request.return_map and index == len(self.blocks) - 1
+            wanted = return_map and index == len(self.blocks) - 1
             tokens, seen = block(tokens, patches, features, bias, wanted)
         count = self.queries.shape[0]
         values = self.out(self.out_norm(tokens[:, :count]))
@@ -124,7 +141,7 @@ class RVII(Interaction):
     def shared_space(self, request: Request, features: VisualFeatures) -> tuple[Tensor, Tensor]:
         """Map requests and patches as the guide compares them."""
         assert self.guide is not None
-        asked = self._asked(request.values)[:, 0]
+        asked = self.asked(request)[:, 0]
         return self.guide.text(asked), self.guide.image(self.guide.patch_in(features.values))
 
     @torch.no_grad()
@@ -140,9 +157,9 @@ class RVII(Interaction):
         if self.guide is not None:
             _whiten(self.guide.patch_in.weight, self.guide.patch_in.bias, patches)
 
-    def _asked(self, values: Tensor) -> Tensor:
+    def asked(self, request: Request) -> Tensor:
         """Map requests (B, R, D_request) to one token (B, 1, W): each says another part of it."""
-        asked: Tensor = self.request_scale(values.flatten(1))
+        asked: Tensor = self.request_scale(request.values.flatten(1))
         if self.training and self.config.noise:
             asked = asked + self.config.noise * torch.randn_like(asked)
         asked = self.request_in(asked)

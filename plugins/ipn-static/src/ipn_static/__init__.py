@@ -20,6 +20,7 @@ PRESET = {
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Add the connector and its strategy."""
+    """Add the connector, its strategy, and the importer of LLaVA."""
     registry.perceiver("static", "ipn_static.static:StaticConnector")
     registry.strategy("static", PRESET)
+    registry.importer("llava", "ipn_static.importing:Llava")

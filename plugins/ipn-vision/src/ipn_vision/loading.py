@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ipn_core.errors import CheckpointError, UserError, first_line
 from ipn_core.locate import fetch_from_hub, locate_weights
 from ipn_core.pretrained import (
+    TensorFiles,
     load_error,
     load_pretrained,
     pickle_error,
     pickles_in,
+    quiet,
     refuse_misfits,
 )
 
-__all__ = ["TOWERS", "fetch", "load_tower"]
+__all__ = ["TOWERS", "fetch", "load_tower", "named_tower"]
 
 TOWERS = {
     "altclip_vision_model": "AltCLIPVisionModel",
@@ -29,6 +29,7 @@ TOWERS = {
     "blip_vision_model": "BlipVisionModel",
     "clipseg_vision_model": "CLIPSegVisionModel",
     "git_vision_model": "GitVisionModel",
+    "idefics_vision": "ipn_vision.idefics:IdeficsVisionTower",
     "idefics2_vision": "Idefics2VisionTransformer",
     "instructblip_vision_model": "InstructBlipVisionModel",
     "instructblipvideo_vision_model": "InstructBlipVideoVisionModel",
@@ -36,7 +37,8 @@ TOWERS = {
     "metaclip_2_vision_model": "MetaClip2VisionModel",
     "xclip_vision_model": "XCLIPVisionModel",
 }
-"""The classes of towers that `AutoModel` refuses, by the `model_type` of their config."""
+"""The classes of towers that `AutoModel` refuses, by the `model_type` of their config; without a
+module they stand beside the config."""
 
 _UNUSED = re.compile(r"^(pooler|head|classifier|visual_projection)\b|mask_token$")
 """Weights of a tower that no patch feature depends on; some checkpoints leave them out."""
@@ -71,7 +73,7 @@ def load_tower(folder: Path, dtype: Any) -> Any:
     """
     from transformers import AutoConfig
 
-    with _quiet():
+    with quiet():
         try:
             whole = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
@@ -84,12 +86,18 @@ def load_tower(folder: Path, dtype: Any) -> Any:
         return _load(cls, folder, config, dtype).eval()
 
 
+def named_tower(config: Any) -> Any:
+    """Return the class that `TOWERS` names for a config's class."""
+    beside = config.__module__.replace(".configuration_", ".modeling_")
+    module, _, name = TOWERS[config.model_type].rpartition(":")
+    return getattr(importlib.import_module(module or beside), name)
+
+
 def _class_of(config: Any, folder: Path) -> Any:
     from transformers import MODEL_MAPPING
 
     if config.model_type in TOWERS:
-        module = type(config).__module__.replace(".configuration_", ".modeling_")
-        cls = getattr(importlib.import_module(module), TOWERS[config.model_type])
+        cls = named_tower(type(config))
     elif type(config) in MODEL_MAPPING:
         cls = MODEL_MAPPING[type(config)]
     else:
@@ -128,38 +136,9 @@ def _needed(misfits: dict[str, str]) -> dict[str, str]:
 
 def _prefix(folder: Path, lacking: Iterable[str]) -> str:
     """Return what stands before the tower's own names in the files, or an empty text."""
+    keys = [key for key in TensorFiles(folder).names() if "vision" in key]
     for name in lacking:
-        ends = [key for key in _names(folder) if key.endswith(f".{name}") and "vision" in key]
+        ends = [key for key in keys if key.endswith(f".{name}")]
         if len(ends) == 1:
             return ends[0].removesuffix(name)
     return ""
-
-
-def _names(folder: Path) -> list[str]:
-    """Return the names of all tensors in a folder's safetensors, read from headers alone."""
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    names: list[str] = []
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            names.extend(file.keys())
-    return names
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from reporting the parts that are left out on purpose."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

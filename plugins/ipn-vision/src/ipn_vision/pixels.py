@@ -46,6 +46,7 @@ def read_settings(
         settings["image_processor_type"] = named
     if image_size is not None:
         height, width = image_size
+        settings.pop("image_size", None)  # Idefics' name for it, which would win
         settings["size"] = {"height": height, "width": width}
         settings["crop_size"] = {"height": height, "width": width}
         settings.update(do_resize=True, do_center_crop=False)

@@ -143,6 +143,8 @@ class VisionTower(VisionEncoder):
     def _prepare(self, image: Image.Image) -> dict[str, Tensor]:
         """Return what the tower takes for one picture, each with a batch of one."""
         made = self.processor(images=[image.convert("RGB")], return_tensors="pt")
+        if isinstance(made, Tensor):  # Idefics' gives the pixels alone
+            made = {"pixel_values": made}
         inputs = {k: v for k, v in made.items() if k in self._takes and isinstance(v, Tensor)}
         pixels = inputs["pixel_values"]
         if pixels.ndim == 5 and pixels.shape[1] == 1:  # (1, pictures, C, h, w) of chat models

@@ -1,0 +1,210 @@
+"""Importers: a published checkpoint in the format of transformers becomes a model of ours.
+
+`llava:SOURCE` names the importer `llava` and a folder or hub id. It works wherever a model can be
+named, and as `backbone.weights`, where it stands for the language model inside of the checkpoint.
+A plugin adds an importer with `registry.importer("llava", "module:Class")`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ipn_core.config import IPNConfig
+from ipn_core.errors import CheckpointError, first_line, unknown_name
+from ipn_core.locate import fetch_from_hub, locate_weights
+from ipn_core.pretrained import (
+    TensorFiles,
+    load_pretrained,
+    pickle_error,
+    pickles_in,
+    quiet,
+    refuse_misfits,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ipn_core.model import IPN
+    from ipn_core.plugins import Registry
+
+__all__ = ["Imported", "Importer", "find_import"]
+
+_NAME = re.compile(r"([a-z][a-z0-9-]+):(.+)", re.DOTALL)
+_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_TEXT_PART = {
+    r"^(?:model\.)?language_model\.(?=model\.|lm_head\.)": "",
+    r"^(?:model\.)?language_model\.(?!model\.|lm_head\.)": "model.",
+}
+"""From the names of a composite model's tensors to those of its language model alone."""
+
+
+class Importer(ABC):
+    """Knows one published architecture.
+
+    Attributes:
+        MODEL_TYPES: the transformers `model_type`s of the checkpoints that it reads.
+    """
+
+    MODEL_TYPES: tuple[str, ...] = ()
+
+    @abstractmethod
+    def config(self, whole: Any, name: str, source: str, folder: Path) -> dict[str, Any]:
+        """Return the mapping of an `IPNConfig` that makes the same model.
+
+        Args:
+            whole: the checkpoint's config, a transformers `PretrainedConfig`.
+            name: such as "llava:SOURCE", what `backbone.weights` must say.
+            source: SOURCE, what the perceiver `vision` is given as `weights`.
+            folder: where the files lie.
+        """
+
+    @abstractmethod
+    def state(self, whole: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the stages' weights by the names of `IPN.trained_state()`.
+
+        Args:
+            whole: the checkpoint's config.
+            tensors: of the checkpoint by name, without a leading "model."; read when asked for.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+
+    def language_model(self, folder: Path, dtype: Any) -> PreTrainedModel:
+        """Load the language model alone, by default that of the config's text part.
+
+        Args:
+            folder: of the whole checkpoint.
+            dtype: to hold it in, or "auto".
+
+        Raises:
+            CheckpointError: its weights are missing or do not fit.
+        """
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        what = f"the language model in '{folder}'"
+        config = read_whole(folder).get_text_config()
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise CheckpointError(
+                f"{what} is a {type(config).__name__}, for which transformers has no causal "
+                "language model. Import a checkpoint on LLaMA, Vicuna or OPT."
+            )
+        with quiet():
+            lm, misfits = load_pretrained(
+                MODEL_FOR_CAUSAL_LM_MAPPING[type(config)],
+                folder,
+                what,
+                config=config,
+                dtype=dtype,
+                key_mapping=_TEXT_PART,
+            )
+        refuse_misfits(misfits.values(), lm, what)
+        loaded: PreTrainedModel = lm
+        return loaded
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A checkpoint and the importer that reads it.
+
+    Attributes:
+        name: as the user gave it, such as "llava:SOURCE".
+        source: the part after the colon.
+        folder: where the files lie.
+        importer: what reads them.
+    """
+
+    name: str
+    source: str
+    folder: Path
+    importer: Importer
+
+    @cached_property
+    def whole(self) -> Any:
+        """The checkpoint's config, checked to be of the importer's architecture.
+
+        Raises:
+            CheckpointError: it is of another one, unreadable, or its weights are pickled.
+        """
+        if pickles_in(self.folder):
+            raise pickle_error(f"the weights '{self.name}'", "*.bin")
+        config = read_whole(self.folder)
+        if config.model_type not in self.importer.MODEL_TYPES:
+            raise CheckpointError(
+                f"'{self.name}': '{self.source}' holds a model of type '{config.model_type}', "
+                f"not {' or '.join(self.importer.MODEL_TYPES)}. Choose the importer of that type "
+                "(see 'ipn plugins')."
+            )
+        return config
+
+    def config(self, registry: Registry) -> IPNConfig:
+        """Return the config of the model that it becomes."""
+        values = self.importer.config(self.whole, self.name, self.source, self.folder)
+        return IPNConfig.resolve(values, registry, f"the config of '{self.name}'")
+
+    def state(self, model: IPN) -> dict[str, Tensor]:
+        """Return the weights of a model that was made from the config; slots add nothing.
+
+        Raises:
+            CheckpointError: the checkpoint lacks a tensor.
+        """
+        try:
+            state = self.importer.state(self.whole, TensorFiles(self.folder))
+        except KeyError as error:
+            raise CheckpointError(
+                f"the weights '{self.name}' have no tensor {error}. Fetch them again."
+            ) from None
+        slots = {f"slots.{k}": v for k, v in model.slots.state_dict().items()}
+        return {**slots, "slots.image": torch.zeros_like(slots["slots.image"]), **state}
+
+    def language_model(self, dtype: Any) -> PreTrainedModel:
+        """Load its language model alone; see `Importer.language_model`."""
+        _ = self.whole
+        return self.importer.language_model(self.folder, dtype)
+
+
+def find_import(name: str | Path, registry: Registry) -> Imported | None:
+    """Find what `importer:source` names, fetching from the hub; None for any other name.
+
+    Raises:
+        UnknownNameError: there is no such importer, folder or hub id.
+        DownloadError: the hub cannot be reached.
+    """
+    found = _NAME.fullmatch(name) if isinstance(name, str) else None
+    if found is None or os.path.exists(name):
+        return None
+    prefix, source = found.groups()
+    known = registry.entries("importer")
+    if prefix not in known:
+        raise unknown_name("importer", prefix, known, "ipn plugins")
+    place = locate_weights(source, registry)
+    if isinstance(place, str):
+        place = fetch_from_hub(place, _FILES, f"the weights '{name}'")
+    importer: Importer = known[prefix].load()()
+    return Imported(str(name), source, place, importer)
+
+
+def read_whole(folder: Path) -> Any:
+    """Read a checkpoint's config.
+
+    Raises:
+        CheckpointError: there is none that transformers can read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"'{folder}' has no config.json that transformers can read: {first_line(error)}"
+        ) from None
