@@ -40,7 +40,7 @@ def test_every_ipn_command_it_lists_exists():
     lines = [line for line in blocks("")[0].splitlines() if line.startswith("ipn ")]
     listed = {line.split()[1] for line in lines}
 
-    assert listed == {"ask", "chat", "eval", "train", "plugins", "models", "doctor"}
+    assert listed == {"ask", "chat", "eval", "train", "new", "plugins", "models", "doctor"}
     assert listed <= names | {group.name for group in app.registered_groups}
 
 
@@ -52,3 +52,20 @@ def test_every_file_it_links_exists():
 def test_every_test_file_it_names_exists():
     for target in re.findall(r"(?:tests|benchmarks|plugins)/[\w./-]+", README):
         assert (ROOT / target.rstrip(".")).exists(), target
+
+
+def test_its_table_of_strategies_lists_all_that_this_workspace_brings():
+    from ipn_core.plugins import discover
+
+    begin, end = "<!-- strategies: begin -->", "<!-- strategies: end -->"
+    table = README.partition(begin)[2].partition(end)[0]
+    shown = re.findall(r"^\| `([\w-]+)` \| ([\w-]+) ", table, re.MULTILINE)
+    ours = {folder.name for folder in (ROOT / "plugins").iterdir()}
+    installed = [
+        (name, component.plugin.distribution)
+        for name, component in sorted(discover().entries("strategy").items())
+        if component.plugin.distribution in ours
+    ]
+
+    assert shown == installed
+    assert len({distribution for _, distribution in shown}) == len(shown)  # each its own

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from outside import IPN, install, run
+
+from ipn_core.scaffold import KINDS, Package
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "write-a-plugin.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE))
-IPN = [str(Path(sys.executable).parent / "ipn")]
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +25,12 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = folder / name if name == "film.yaml" else folder / "ipn-my-film" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    pip += ["--no-index", "--disable-pip-version-check", "--target", "site", "./ipn-my-film"]
-    run(folder, pip)
+    install(folder / "ipn-my-film", folder / "site")
     return folder
 
 
-def run(folder: Path, command: list[str]) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(folder / "site")}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
-    return done.stdout
+def inside(outside: Path, *command: str) -> str:
+    return run(list(command), outside, outside / "site")
 
 
 def test_its_code_is_under_forty_lines() -> None:
@@ -47,15 +40,25 @@ def test_its_code_is_under_forty_lines() -> None:
     assert len(lines) < 40
 
 
+def test_the_short_way_leads_to_the_same_places() -> None:
+    (kind, name) = re.findall(r"^ipn new (\S+) (\S+)$", PAGE, re.MULTILINE)[0]
+    assert Package(kind, name).files()
+    assert all(f"`{other}`" in PAGE for other in set(KINDS) - {kind})
+    mine = {place.replace("ipn_my_film", "ipn_film") for place in FILES if place != "film.yaml"}
+    assert mine == set(Package(kind, "film").files()) - {"README.md", "train.yaml"}
+    for command in ("pip install -e", "pytest"):
+        assert f"\n{command} {Package(kind, 'my-film').distribution}\n" in PAGE
+
+
 def test_the_package_is_found_with_its_distribution(outside: Path) -> None:
-    found = json.loads(run(outside, [*IPN, "plugins", "--json"]))
+    found = json.loads(inside(outside, IPN, "plugins", "--json"))
     (mine,) = [p for p in found["plugins"] if p["distribution"] == "ipn-my-film"]
     assert mine["version"] == "0.1.0"
     assert "my-film" in json.dumps(mine)
 
 
 def test_the_package_passes_its_own_test(outside: Path) -> None:
-    told = run(outside, [sys.executable, "-m", "pytest", "-q", "ipn-my-film"])
+    told = inside(outside, sys.executable, "-m", "pytest", "-q", "ipn-my-film")
     assert re.search(r"1\d passed, 1 skipped", told)
 
 
@@ -63,10 +66,10 @@ def test_the_package_passes_its_own_test(outside: Path) -> None:
 @pytest.mark.weights
 def test_the_package_trains_and_answers(outside: Path) -> None:
     less = ["stages.align.steps=20", "stages.instruct.steps=3"]
-    run(outside, [*IPN, "train", "film.yaml", *less, "--out", "runs/film"])
+    inside(outside, IPN, "train", "film.yaml", *less, "--out", "runs/film")
     picture = str(ROOT / "examples" / "scene.png")
     ask = ["ask", picture, "Is there a dog?", "--model", "runs/film/model"]
-    answer = json.loads(run(outside, [*IPN, *ask, "--interact", "my-film", "--json"]))
+    answer = json.loads(inside(outside, IPN, *ask, "--interact", "my-film", "--json"))
     assert answer["interact"] == "my-film"
     assert answer["tokens"]["dynamic"] == 3
     assert answer["answer"]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from command_line import Run, assert_refused
 
-COMMANDS = ("ask", "chat", "eval", "train", "plugins", "models", "doctor")
+COMMANDS = ("ask", "chat", "eval", "train", "new", "plugins", "models", "doctor")
 
 
 @pytest.mark.parametrize("words", [(), *((c,) for c in COMMANDS), ("models", "pull")])
@@ -42,6 +42,8 @@ def test_no_words_show_the_help_and_are_no_success(ipn: Callable[..., Run]) -> N
         (("eval", "x", "--limit", "0"), ("--limit",)),
         (("eval", "x", "--limit", "two"), ("--limit", "integer")),
         (("models", "pull"), ("NAME",)),
+        (("new",), ("KIND", "See 'ipn new --help'")),
+        (("new", "interaction"), ("NAME", "See 'ipn new --help'")),
         (("models", "pul"), ("pul",)),
     ],
 )
