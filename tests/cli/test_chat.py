@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import Run, assert_refused
+from command_line import HEARS_CTRL_C, Run, assert_refused
 
 from ipn_core import IPN
 
@@ -47,7 +47,7 @@ def test_ctrl_c_ends_a_chat_quietly(
     home: Path, fake_plugin: Callable[[str, str], dict[str, str]]
 ) -> None:
     env = fake_plugin("tinyplugin", "from ipn_core.testing.plugin import register")
-    code = "import sys; from ipn_core.cli import main; sys.exit(main())"
+    code = HEARS_CTRL_C + "import sys; from ipn_core.cli import main; sys.exit(main())"
     words = ["chat", str(home / "scene.png"), "-m", str(home / "model")]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import Run, assert_refused, edit, shell
+from command_line import HEARS_CTRL_C, Run, assert_refused, edit, shell
 
 from ipn_core import hookimpl
 from ipn_core.plugins import add_plugin, get_registry
@@ -153,7 +153,7 @@ def test_ctrl_c_does_not_wait_for_a_plugin_that_hangs(
     there = tmp_path / "there"
     hang = f"import os, time; open({str(there)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     env = {**fake_plugin("hangs", hang), "IPN_PLUGINS": "hangs"}
-    code = "import sys; from ipn_core.cli import main; sys.exit(main(['plugins']))"
+    code = HEARS_CTRL_C + "import sys; from ipn_core.cli import main; sys.exit(main(['plugins']))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
     )

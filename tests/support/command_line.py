@@ -10,6 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+HEARS_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+"""First in a program that is to be interrupted: where the tests run in the background, Python would
+leave the signal ignored."""
+
 
 @dataclass
 class Run:

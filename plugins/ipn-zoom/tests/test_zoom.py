@@ -21,6 +21,7 @@ from ipn_core.model import IPN
 from ipn_core.stages import Dims, PerceiveContext, Request, VisualMessage
 from ipn_core.testing.contracts import InteractionContract
 from ipn_core.testing.contracts.pictures import SAMPLES, ragged
+from ipn_core.testing.oracles import assert_same, record_oracle
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
 
 DIMS = Dims(Dv=24, D_in=20, D_hidden=(14, 14), D_out=14, K=3, D_request=14)
@@ -139,9 +140,7 @@ def test_a_share_is_how_much_of_a_map_falls_into_a_box(overlapping: bool, edge: 
         torch.testing.assert_close(found.sum(-1), maps.sum(-1))
 
 
-def test_the_boxes_with_the_largest_shares_are_seen_again_and_drawn_to_by_their_logarithms() -> (
-    None
-):
+def test_the_two_equations(record_property: Any) -> None:
     zoom, (features, wanted) = build(regions=2), watched(seen((1,)))
     maps = torch.rand(1, 2, 16) * 0.01
     maps[0, 0, 3], maps[0, 1, 12] = 0.7, 0.5  # the corners right above and left below
@@ -166,7 +165,9 @@ def test_the_boxes_with_the_largest_shares_are_seen_again_and_drawn_to_by_their_
         left, middle, right = weights[:, start : start + 3].unbind(-1)
         expected[:, y : y + 2, x] += ((left + middle / 2) / 2)[:, None]
         expected[:, y : y + 2, x + 1] += ((middle / 2 + right) / 2)[:, None]
-    torch.testing.assert_close(message.attention[0], expected.flatten(1), rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        worst = assert_same(message.attention[0], expected.flatten(1))
+    record_oracle(record_property, "zoom", "its two equations", worst)
 
 
 def test_the_loss_tells_the_guide_which_box_was_worth_it() -> None:
@@ -240,7 +241,7 @@ def test_the_pictures_of_a_prompt_compete_and_keep_their_places() -> None:
     maps[1, :, 16 + 1] = 0.9  # the second picture, 1 × 5 patches, the second from the left
     maps[1, :, 15] = 0.05  # the first picture, 4 × 4 patches, right below
     looks_at(zoom, maps)
-    read = readings(zoom)
+    read, given = readings(zoom), read_with(zoom)
     folded = zoom(request(2), features).attention
     assert (0, 0.5, 0.5, 1.0, 1.0) in wanted
     # One row of patches lies in the upper and in the lower boxes alike.
@@ -248,6 +249,9 @@ def test_the_pictures_of_a_prompt_compete_and_keep_their_places() -> None:
     ((closer, message),) = read
     assert [(span.sample, span.place) for span in closer.images[3:]] == [(0, 0)] * 2 + [(1, 1)] * 2
     assert closer.lengths == [6 + 2 * 4, 16 + 5 + 2 * 6]
+    # Two and a half of the five patches, and half of their height.
+    share = torch.tensor((0.001 + 0.9 + 0.001 / 2) / 2).log()
+    torch.testing.assert_close(given[0][4][1, :, 21:], share.expand(2, 12))
     # The weight of both crops lies on the first half of the second picture.
     whole = message.attention[1]
     torch.testing.assert_close(folded[1, :, :16], whole[:, :16])

@@ -195,9 +195,11 @@ class EmojiScenes(Task):
     at while developing.
     """
 
-    splits = ("train", "val", "val-paraphrase", "test", "paraphrase", "composition")
+    splits: tuple[str, ...] = (
+        "train", "val", "val-paraphrase", "test", "paraphrase", "composition",
+    )  # fmt: skip
     default_split = "test"
-    test_splits = ("test", "paraphrase", "composition")
+    test_splits: tuple[str, ...] = ("test", "paraphrase", "composition")
     sizes: ClassVar[dict[str, int]] = _SCENES
     scene: ClassVar[type[Scene]] = Scene
 
