@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ipn_core.config import IPNConfig
-from ipn_core.errors import CheckpointError, first_line, unknown_name
+from ipn_core.errors import CheckpointError, unknown_name
 from ipn_core.locate import fetch_from_hub, locate_weights
 from ipn_core.pretrained import (
     TensorFiles,
@@ -28,6 +28,7 @@ from ipn_core.pretrained import (
     pickle_error,
     pickles_in,
     quiet,
+    read_config,
     refuse_misfits,
 )
 
@@ -93,7 +94,7 @@ class Importer(ABC):
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         what = f"the language model in '{folder}'"
-        config = read_whole(folder).get_text_config()
+        config = read_config(folder, f"the weights in '{folder}'").get_text_config()
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise CheckpointError(
                 f"{what} is a {type(config).__name__}, for which transformers has no causal "
@@ -138,7 +139,7 @@ class Imported:
         """
         if pickles_in(self.folder):
             raise pickle_error(f"the weights '{self.name}'", "*.bin")
-        config = read_whole(self.folder)
+        config = read_config(self.folder, f"the weights '{self.name}'")
         if config.model_type not in self.importer.MODEL_TYPES:
             raise CheckpointError(
                 f"'{self.name}': '{self.source}' holds a model of type '{config.model_type}', "
@@ -192,19 +193,3 @@ def find_import(name: str | Path, registry: Registry) -> Imported | None:
         place = fetch_from_hub(place, _FILES, f"the weights '{name}'")
     importer: Importer = known[prefix].load()()
     return Imported(str(name), source, place, importer)
-
-
-def read_whole(folder: Path) -> Any:
-    """Read a checkpoint's config.
-
-    Raises:
-        CheckpointError: there is none that transformers can read.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"'{folder}' has no config.json that transformers can read: {first_line(error)}"
-        ) from None

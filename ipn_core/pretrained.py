@@ -22,6 +22,7 @@ __all__ = [
     "pickle_error",
     "pickles_in",
     "quiet",
+    "read_config",
     "refuse_misfits",
 ]
 
@@ -66,6 +67,26 @@ def load_pretrained(
     for key, got, wanted in sorted(info["mismatched_keys"]):
         misfits[key] = f"{key} has shape {tuple(got)}, the config asks for {tuple(wanted)}"
     return model, misfits
+
+
+def read_config(folder: Path, what: str) -> Any:
+    """Read the config of weights in the format of transformers.
+
+    Args:
+        folder: where they lie.
+        what: names them in errors, such as "the weights 'smollm2'".
+
+    Raises:
+        CheckpointError: there is none that transformers can read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{what} have no config.json that transformers can read: {first_line(error)}"
+        ) from None
 
 
 def load_error(source: Path | str, what: str, error: Exception) -> IPNError:

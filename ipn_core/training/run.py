@@ -188,17 +188,19 @@ class Training:
     def _build(self) -> IPN:
         from ipn_core.model import IPN
 
-        values = dict(self.config.model)
-        if self.config.base is not None:
-            values = {**open_source(self.config.base, self.registry).base(self.registry), **values}
         model = self._model or IPN.from_config(
-            values, registry=self.registry, name=str(self.folder)
+            self._model_config(), registry=self.registry, name=str(self.folder)
         )
         if self.config.start_from is not None:
             source = open_source(self.config.start_from, self.registry)
             there = model.strategy in source.strategies
             source.fill(model, model.strategy if there else source.strategies[0])
         return model
+
+    def _model_config(self) -> dict[str, Any]:
+        base = self.config.base
+        taken = {} if base is None else open_source(base, self.registry).base(self.registry)
+        return {**taken, **self.config.model}
 
     def _open(self, entries: Sequence[DataConfig]) -> list[Data]:
         return [Data(entry, self.registry, training=True) for entry in entries]

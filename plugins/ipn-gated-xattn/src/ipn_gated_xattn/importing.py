@@ -13,8 +13,14 @@ from torch import Tensor
 
 from ipn_core.backbone import load_tokenizer
 from ipn_core.errors import CheckpointError
-from ipn_core.importing import Importer, read_whole
-from ipn_core.pretrained import TensorFiles, load_pretrained, quiet, refuse_misfits
+from ipn_core.importing import Importer
+from ipn_core.pretrained import (
+    TensorFiles,
+    load_pretrained,
+    quiet,
+    read_config,
+    refuse_misfits,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,7 +123,7 @@ class Idefics(Importer):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         what = f"the language model in '{folder}'"
-        whole = read_whole(folder)
+        whole = read_config(folder, f"the weights in '{folder}'")
         shared = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
             "hidden_act max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings "

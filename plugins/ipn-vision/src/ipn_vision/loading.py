@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ipn_core.errors import CheckpointError, UserError, first_line
+from ipn_core.errors import UserError
 from ipn_core.locate import fetch_from_hub, locate_weights
 from ipn_core.pretrained import (
     TensorFiles,
@@ -18,6 +18,7 @@ from ipn_core.pretrained import (
     pickle_error,
     pickles_in,
     quiet,
+    read_config,
     refuse_misfits,
 )
 
@@ -71,16 +72,8 @@ def load_tower(folder: Path, dtype: Any) -> Any:
         CheckpointError: files are missing, damaged or pickled, or lack weights of the tower.
         UserError: there is no vision tower in it, or none that takes pictures as pixels.
     """
-    from transformers import AutoConfig
-
     with quiet():
-        try:
-            whole = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"vision weights '{folder}' have no config.json that transformers can read: "
-                f"{first_line(error)}"
-            ) from None
+        whole = read_config(folder, f"vision weights '{folder}'")
         config = getattr(whole, "vision_config", None) or whole
         cls = _class_of(config, folder)
         return _load(cls, folder, config, dtype).eval()
