@@ -3,6 +3,7 @@
 # make test       everything that is not slow
 # make test-slow  the rest: trainings that are killed and resumed, two processes
 # make test-gpu   what needs a CUDA device
+# make compare    a reduced comparison at equal budget (under 30 minutes on 2 cores)
 # make bench      the benchmarks
 # make lint       ruff and mypy
 #
@@ -14,7 +15,7 @@ STAMP := .venv/.installed
 MEMBERS := $(wildcard plugins/*/pyproject.toml backbones/*/pyproject.toml)
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test test-slow test-gpu bench lint
+.PHONY: setup demo test test-slow test-gpu compare bench lint
 
 setup: $(STAMP)
 
@@ -44,6 +45,13 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+compare: $(STAMP)
+	@$(BIN)/ipn models pull smollm2-135m-instruct
+	$(BIN)/ipn compare examples/compare.yaml --arms static --seeds 1 --out runs/compare-reduced --resume \
+	  sweep=null data.0.options="{scenes: 1000}" data.1.limit=3000 \
+	  stages.answer.steps=300 stages.verbalise.steps=50 stages.instruct.steps=30 \
+	  evaluate.0.limit=400 evaluate.1.limit=200 evaluate.2.limit=200 evaluate.3.limit=200
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks

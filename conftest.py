@@ -18,6 +18,14 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Compiling takes seconds a component, so that this clause goes with what is slow."""
+    for item in items:
+        if getattr(item, "originalname", "") == "test_it_compiles":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what one test has set, as `ipn doctor` does in its process, out of the next."""

@@ -24,6 +24,8 @@ class Answer:
         seconds: by stage, to the first token and in total; shared by the answers of one batch.
         tokens: positions that the LLM processed, by kind; none for a message that was put straight
             into its cache or between its layers.
+        looked: for each look that the model took by itself (`layout.look_again`), how many of
+            `ids` came before it.
     """
 
     text: str
@@ -33,6 +35,7 @@ class Answer:
     grids: tuple[tuple[int, int], ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    looked: tuple[int, ...] = ()
 
     @property
     def grid(self) -> tuple[int, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ipn_core.checkpointing import checkpointed
 from ipn_core.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-    from ipn_core.config import BackboneConfig
+    from ipn_core.config import BackboneConfig, LoraConfig
+    from ipn_core.lora import Lora
     from ipn_core.plugins import Registry
 
 __all__ = ["Backbone", "Extended", "LayerCallback", "load_tokenizer"]
@@ -43,6 +45,13 @@ class Backbone(nn.Module):
 
     Subclasses say where the decoder's layers are and which chat format stands in for a tokenizer
     without a template. The model stays in eval mode and without gradients while stages train.
+
+    Attributes:
+        lm: the language model.
+        tokenizer: its tokenizer.
+        lora: the adapter that `adapt` has put on it, or None. It may train; nothing else may.
+        checkpointing: whether training keeps of each layer only its inputs, and computes the rest
+            again in the backward pass.
     """
 
     MODEL_TYPES: ClassVar[tuple[str, ...]] = ()
@@ -59,8 +68,12 @@ class Backbone(nn.Module):
                 f"backbone {type(self).__name__} takes {' or '.join(self.MODEL_TYPES)} models; "
                 f"these weights are of type '{kind}'. Name another backbone (see 'ipn plugins')."
             )
+        # Before the language model, so that its weights are called after it.
+        self.register_module("lora", None)
+        self.lora: Lora | None
         self.lm = lm.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self.checkpointing = False
         self._refuse_checkpointing()
 
     # -- loading ---------------------------------------------------------------------------------
@@ -76,15 +89,18 @@ class Backbone(nn.Module):
         Raises:
             CheckpointError: files are missing, damaged or pickled, or the weights do not fill
                 every tensor that their config asks for; these are named.
-            UserError: there is nothing of that name, or it is of another architecture.
+            UserError: there is nothing of that name, it is of another architecture, or this machine
+                cannot hold it as the config asks.
             DownloadError: they could not be fetched.
         """
         from transformers import AutoModelForCausalLM
 
         from ipn_core.importing import find_import
         from ipn_core.locate import locate_weights
+        from ipn_core.lora import peft_reasons
         from ipn_core.plugins import get_registry
         from ipn_core.pretrained import load_pretrained, pickle_error, pickles_in, refuse_misfits
+        from ipn_core.quantization import load_options
 
         if config.weights is None:
             raise ConfigError(
@@ -92,16 +108,41 @@ class Backbone(nn.Module):
                 "hub id."
             )
         what = f"the weights '{config.weights}'"
-        dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        options = load_options(config)
+        if config.lora is not None and (reasons := peft_reasons()):
+            raise ConfigError(f"backbone.lora: {'; '.join(reasons)}.")
         imported = find_import(config.weights, registry or get_registry())
+        source: Path | str
         if imported is not None:
-            return cls(imported.language_model(dtype), load_tokenizer(imported.folder, what))
-        source = locate_weights(config.weights, registry)
-        if isinstance(source, Path) and pickles_in(source):
-            raise pickle_error(what, "*.bin")
-        lm, misfits = load_pretrained(AutoModelForCausalLM, source, what, dtype=dtype)
-        refuse_misfits(misfits.values(), lm, what)
-        return cls(lm, load_tokenizer(source, what))
+            if len(options) > 1:
+                raise ConfigError(
+                    f"{what} are a part of an imported model, which loads whole and on one device: "
+                    "leave backbone.quantize and backbone.device_map out, or save it first."
+                )
+            lm, source = imported.language_model(**options), imported.folder
+        else:
+            source = locate_weights(config.weights, registry)
+            if isinstance(source, Path) and pickles_in(source):
+                raise pickle_error(what, "*.bin")
+            lm, misfits = load_pretrained(AutoModelForCausalLM, source, what, **options)
+            refuse_misfits(misfits.values(), lm, what)
+        backbone = cls(lm, load_tokenizer(source, what))
+        if config.lora is not None:
+            backbone.adapt(config.lora)
+        return backbone
+
+    def adapt(self, config: LoraConfig) -> None:
+        """Put a low-rank adapter with new weights on the language model; it may train.
+
+        Raises:
+            ConfigError: there is one already, the package peft is missing, or a target names no
+                linear layer.
+        """
+        from ipn_core.lora import Lora
+
+        if self.lora is not None:
+            raise ConfigError("this backbone has an adapter already; load it anew for another.")
+        self.lora = Lora(self.lm, config)
 
     # -- sizes -----------------------------------------------------------------------------------
 
@@ -154,6 +195,11 @@ class Backbone(nn.Module):
         """Where the inputs go."""
         return self._embedding.device
 
+    def base_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the weights that the config names, an adapter's left out: they never train."""
+        own = set() if self.lora is None else {id(p) for p in self.lora.parameters()}
+        return (p for p in self.lm.parameters() if id(p) not in own)
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the weights are held in."""
@@ -177,8 +223,19 @@ class Backbone(nn.Module):
     # -- running ---------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode: a frozen model must not drop units (OPT does by default)."""
-        return super().train(False)
+        """Stay in eval mode: a frozen model must not drop units (OPT does by default).
+
+        An adapter may: it follows `mode`.
+        """
+        super().train(False)
+        if self.lora is not None:
+            self.lora.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Stay where a device map or quantization has put the weights, and as they are."""
+        placed = getattr(self.lm, "hf_device_map", None) or getattr(self.lm, "is_quantized", False)
+        return self if placed else super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def embed(self, ids: Tensor) -> Tensor:
         """Look tokens up: ids (B, T) -> (B, T, D_in)."""
@@ -212,22 +269,25 @@ class Backbone(nn.Module):
         before = int(cache.get_seq_length())
         count = len(self.layers)
         inner = sorted({i % (count + 1) for i in layers} - {count})
-        output = self.lm.base_model(
-            inputs_embeds=embeds,
-            attention_mask=None if mask is None else mask.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=bool(inner),
-        )
+        again = self.checkpointing and torch.is_grad_enabled()
+        with checkpointed(self.layers, cache) if again else nullcontext():
+            output = self.lm.base_model(
+                inputs_embeds=embeds,
+                attention_mask=None if mask is None else mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                output_hidden_states=bool(inner),
+            )
         after = int(cache.get_seq_length())
         if after != before + embeds.shape[1]:
             raise AssertionError(
                 f"the key-value cache went from {before} to {after} tokens over a segment of "
                 f"{embeds.shape[1]}; something between the layers dropped it"
             )
-        hidden = {i: output.hidden_states[i] for i in inner}
-        return Extended(output.last_hidden_state, hidden)
+        # With a device map the last layers may lie elsewhere; what comes out is where it went in.
+        hidden = {i: output.hidden_states[i].to(embeds.device) for i in inner}
+        return Extended(output.last_hidden_state.to(embeds.device), hidden)
 
     @property
     def takes_keys(self) -> bool:
@@ -268,7 +328,7 @@ class Backbone(nn.Module):
     def logits(self, last: Tensor) -> Tensor:
         """Apply the language head: (…, D_out) -> (…, vocabulary), in fp32."""
         scores: Tensor = self.lm.get_output_embeddings()(last)
-        return scores.float()
+        return scores.to(last.device).float()
 
     @contextmanager
     def layer_callback(self, layers: Sequence[int], callback: LayerCallback) -> Iterator[None]:
@@ -280,7 +340,9 @@ class Backbone(nn.Module):
         def hook(index: int) -> Any:
             def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
                 hidden = args[0] if args else kwargs["hidden_states"]
-                changed = callback(index, hidden, kwargs["position_ids"])
+                here = self.device
+                changed = callback(index, hidden.to(here), kwargs["position_ids"].to(here))
+                changed = changed.to(hidden.device)
                 if args:
                     return (changed, *args[1:]), kwargs
                 return args, {**kwargs, "hidden_states": changed}
@@ -302,7 +364,8 @@ class Backbone(nn.Module):
         if any(getattr(m, "gradient_checkpointing", False) for m in self.lm.modules()):
             raise ConfigError(
                 "the backbone has transformers' gradient checkpointing on, which empties the "
-                "key-value cache: call gradient_checkpointing_disable() on it."
+                "key-value cache: call gradient_checkpointing_disable() on it. 'checkpointing: "
+                "true' in a training keeps the cache."
             )
 
 

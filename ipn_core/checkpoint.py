@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -50,19 +50,25 @@ FORMAT = 1
 """Version of the folder's format, in `config.json`."""
 
 
-def save(model: IPN, folder: Path, dtype: torch.dtype | None = None) -> None:
+def save(
+    model: IPN,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a checkpoint, each file atomically.
 
     Args:
         model: what to save.
         folder: made if it is not there.
         dtype: cast floating-point tensors to it, None keeps theirs.
+        weights: its `trained_state`, where that was put together from several processes.
     """
     from safetensors.torch import save as to_bytes
 
     state = {
         k: v.detach().cpu().to(dtype if dtype and v.is_floating_point() else v.dtype).contiguous()
-        for k, v in model.trained_state().items()
+        for k, v in (weights or model.trained_state()).items()
     }
     config = {"format": FORMAT, **model.config.model_dump(mode="json", exclude_none=True)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,12 +127,19 @@ class Source(ABC):
     def base(self, registry: Registry) -> dict[str, Any]:
         """Return what a model with other stages takes over: backbone, encoder and prompt."""
         config = self.config(self.strategies[0], registry)
-        values = config.model_dump(mode="json", exclude_none=True)
+        # An adapter's weights go with the stages that it was trained with.
+        without = {"backbone": {"lora"}}
+        values = config.model_dump(mode="json", exclude_none=True, exclude=without)
         return {key: values[key] for key in ("backbone", "encoder", "prompt")}
 
     @abstractmethod
-    def fill(self, model: IPN, strategy: str) -> None:
+    def fill(self, model: IPN, strategy: str, anew: Collection[str] = ()) -> None:
         """Put the weights of a strategy into a model made from its config.
+
+        Args:
+            model: is filled.
+            strategy: one of `strategies`.
+            anew: names of weights that the model keeps as they are.
 
         Raises:
             CheckpointError: they do not fit; the model is left as it was.
@@ -143,9 +156,9 @@ class _Folder(Source):
     def config(self, strategy: str, registry: Registry) -> IPNConfig:
         return read_config(self._folders[strategy])
 
-    def fill(self, model: IPN, strategy: str) -> None:
+    def fill(self, model: IPN, strategy: str, anew: Collection[str] = ()) -> None:
         weights = self._folders[strategy] / WEIGHTS
-        load_state(model, read_weights(weights), str(weights))
+        load_state(model, {**read_weights(weights), **_own(model, anew)}, str(weights))
 
 
 class _Import(Source):
@@ -159,8 +172,9 @@ class _Import(Source):
     def config(self, strategy: str, registry: Registry) -> IPNConfig:
         return self._config
 
-    def fill(self, model: IPN, strategy: str) -> None:
-        load_state(model, self._imported.state(model), self._imported.name)
+    def fill(self, model: IPN, strategy: str, anew: Collection[str] = ()) -> None:
+        state = {**self._imported.state(model), **_own(model, anew)}
+        load_state(model, state, self._imported.name)
 
 
 def open_source(name: str | Path, registry: Registry) -> Source:
@@ -294,6 +308,10 @@ def load_state(model: IPN, state: Mapping[str, Tensor], where: str) -> None:
     with torch.no_grad():
         for key, value in state.items():
             expected[key].copy_(value)
+
+
+def _own(model: IPN, names: Collection[str]) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.trained_state().items() if k in names}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class Clock:
     """Attributes all time since the last lap to one of `STAGES`.
 
     Between `with clock.decoding(lm)` the first forward counts as prefill (it runs the last
-    segment), what follows as decode.
+    segment), what follows as decode. The first such block has the first token.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,7 +44,7 @@ class Clock:
         def first(*_: object) -> None:
             handle.remove()
             self.lap("prefill")
-            self.first_token = self._last - self._start
+            self.first_token = self.first_token or self._last - self._start
 
         handle = lm.register_forward_hook(first)
         try:

@@ -19,7 +19,9 @@ __all__ = [
     "Config",
     "IPNConfig",
     "Layout",
+    "LoraConfig",
     "PromptConfig",
+    "lay_over",
     "load_yaml",
     "set_by_path",
 ]
@@ -109,11 +111,44 @@ class ComponentConfig(Config):
         return dict(self.model_extra or {})
 
 
+class LoraConfig(Config):
+    """A low-rank adapter on the LLM (LoRA, arXiv 2106.09685).
+
+    Attributes:
+        rank: of the matrices that are added.
+        alpha: what is added is multiplied with alpha / rank.
+        dropout: of what the adapter reads, in training.
+        targets: which linear layers, by the last part of their name.
+    """
+
+    rank: int = Field(default=8, ge=1)
+    alpha: int = Field(default=16, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
+
+
 class BackboneConfig(ComponentConfig):
-    """Which LLM: the adapter's name, its weights and the dtype they are held in."""
+    """Which LLM and how it is held.
+
+    Attributes:
+        name: of the adapter for its architecture.
+        weights: a name of `ipn models list`, a folder or a hub id.
+        dtype: of the weights; with `quantize`, of what is computed with them.
+        quantize: hold the linear layers in 8 or 4 bit (CUDA, package bitsandbytes).
+        device_map: spread the layers over the GPUs of one process, as transformers does; of the
+            machine, so that no checkpoint keeps it.
+        lora: an adapter that may train, None for a wholly frozen LLM.
+    """
 
     weights: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        default="none", exclude_if=lambda value: value == "none"
+    )
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
+        default=None, exclude=True
+    )
+    lora: LoraConfig | None = None
 
 
 class Layout(Config):
@@ -129,6 +164,8 @@ class Layout(Config):
             said after it, so that the hidden state tells it. Prompt tuning starts its tokens at
             words, too (Lester et al. 2021, arXiv 2104.08691, section 2.1).
         dynamic: dynamic tokens K a round.
+        look_again: how often the model may look once more by itself while it answers.
+        look_threshold: how sure it must be that it wants to; between 0 and 1.
     """
 
     order: tuple[Literal["images", "text", "look"], ...] = ("images", "text", "look")
@@ -136,11 +173,15 @@ class Layout(Config):
     request: int = Field(default=1, ge=1, le=64)
     request_init: tuple[str, ...] = ()
     dynamic: int = Field(default=5, ge=0, le=1024)
+    look_again: int = Field(default=0, ge=0, le=16)
+    look_threshold: float = Field(default=0.5, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _all_three(self) -> Self:
         if sorted(self.order) != ["images", "look", "text"]:
             raise ValueError("must name images, text and look, each once")
+        if self.look_again and not self.rounds:
+            raise ValueError("look_again needs rounds of at least 1: a look to follow")
         return self
 
 
@@ -214,12 +255,17 @@ class IPNConfig(Config):
         if name is not None:
             preset = registry.get("strategy", str(name)).load()
             for key, default in preset.items():
-                merged[key] = _merge(default, merged[key]) if key in merged else default
+                merged[key] = lay_over(default, merged[key]) if key in merged else default
         return cls.parse(merged, where)
 
 
-def _merge(default: Any, given: Any) -> Any:
-    """Lay `given` over `default`, unless it names another component."""
+def lay_over(default: Any, given: Any) -> Any:
+    """Lay a mapping over another, key by key, unless it names another component.
+
+    Args:
+        default: what holds where `given` says nothing.
+        given: wins, and replaces a component whole that it names anew.
+    """
     if isinstance(default, str) and isinstance(given, Mapping):
         default = {"name": default}
     if not (isinstance(default, Mapping) and isinstance(given, Mapping)):
@@ -228,15 +274,20 @@ def _merge(default: Any, given: Any) -> Any:
         return given
     merged = dict(default)
     for key, value in given.items():
-        merged[key] = _merge(merged[key], value) if key in merged else value
+        merged[key] = lay_over(merged[key], value) if key in merged else value
     return merged
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
+def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML mapping.
 
+    Args:
+        path: the file.
+        overrides: what to set in it, as `set_by_path` takes it.
+
     Raises:
-        ConfigError: the file is missing, no YAML, or no mapping; the text has the line.
+        ConfigError: the file is missing, no YAML, or no mapping, or an override does not fit; the
+            text has the line.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -252,6 +303,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"'{path}' must hold a mapping of keys to values.")
+    for assignment in overrides:
+        set_by_path(values, assignment)
     return values
 
 

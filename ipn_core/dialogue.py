@@ -11,7 +11,9 @@ import torch
 from ipn_core.answer import Answer
 from ipn_core.clock import Clock
 from ipn_core.features import VisualFeatures
+from ipn_core.plan import Plan
 from ipn_core.prompt import Content, Prompt, Shown, Text, Turn
+from ipn_core.segments import TokenCounts
 from ipn_core.stages import Percept
 
 if TYPE_CHECKING:
@@ -77,7 +79,11 @@ class Dialogue:
             state, fed = _copy(self._state), list(self._fed)
         answers, state, holds_answer = decode(model, [rest], percept, options, clock, state=state)
         answer = answers[0]
-        self._fed = [*fed, *rest.entries, *(answer.ids[:-1] if holds_answer else ())]
+        said: list[int | Piece] = []
+        if holds_answer:
+            turn = prompt.then_assistant(answer.ids[:-1], looked=answer.looked).turns[-1]
+            said = Plan(model.planner.said(turn, len(prompt.images))).entries
+        self._fed = [*fed, *rest.entries, *said]
         self._state = state
         self._percepts, self._waiting = percepts, []
         closed = (
@@ -85,7 +91,7 @@ class Dialogue:
             if answer.ids[-1:] and answer.ids[-1] in (model.backbone.eos_ids)
             else answer.ids
         )
-        self.prompt = prompt.then_assistant(closed)
+        self.prompt = prompt.then_assistant(closed, looked=answer.looked)
         return answer
 
     def _perceive(self, shown: Sequence[Shown], question: str) -> list[Percept]:
@@ -147,4 +153,5 @@ def _copy(state: State | None) -> State | None:
     fresh.pictures = [list(p) for p in state.pictures]
     fresh.told = [list(t) for t in state.told]
     fresh.looks = []
+    fresh.counts = [TokenCounts() for _ in state.counts]
     return fresh

@@ -10,8 +10,8 @@ published system (LMEye, arXiv 2305.03701) runs the prefix twice and gives the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -69,14 +69,14 @@ class Engine:
             return_map: ask the interaction for its attention map.
         """
         (*segments, last), state = self._segments(plans, percept, state)
-        filled: list[tuple[Look, Tensor]] = []
+        filled: dict[int, Tensor] = {}
         with self.layers(state, percept):
             for segment in segments:
                 embeds = self._embed(segment, percept, filled)
                 hidden = self._extend(segment, embeds, percept, state)
                 if clock:
                     clock.lap("prefill")
-                filled = self._look(segment, hidden, percept, state, clock, return_map)
+                filled |= self._look(segment, hidden, percept, state, clock, return_map)
             embeds = self._embed(last, percept, filled)
             (*shared, rest), _ = self._divide(last, percept, state, every=True)
             self._run(shared, embeds, state)
@@ -95,37 +95,76 @@ class Engine:
             plans: prompts whose last turn is the answer to learn.
             percept: features and static tokens of their pictures.
         """
-        segments, state = self._segments(plans, percept, None)
-        filled: list[tuple[Look, Tensor]] = []
         total = self.model.slots.request.new_zeros(())
         count = 0
+        segments, state = self._segments(plans, percept, None)
+        with closing(self._walk(segments, state, percept)) as steps:
+            for segment, hidden in steps:
+                if not segment.learns:
+                    continue
+                last = hidden[-1]
+                # What rows share holds nothing to be learned; the rest ends the segment.
+                targets = segment.labels[:, segment.length - last.shape[1] + 1 :]
+                labels = targets.to(last.device)
+                learned = labels != IGNORED
+                logits = self.model.backbone.logits(last[:, :-1][learned])
+                total = total + F.cross_entropy(logits, labels[learned], reduction="sum")
+                count += int((targets != IGNORED).sum())
+        return total, count, state
+
+    def decisions(self, plans: Sequence[Plan], percept: Percept) -> tuple[Tensor, Tensor]:
+        """Return the last hidden states (n, D_out) before each token to learn or look to take.
+
+        With them come the n choices, whether to look again there.
+
+        Args:
+            plans: prompts whose last turn is the answer to learn.
+            percept: features and static tokens of their pictures.
+        """
+        found: list[Tensor] = []
+        choices: list[Tensor] = []
+        segments, state = self._segments(plans, percept, None)
+        with closing(self._walk(segments, state, percept)) as steps:
+            for segment, hidden in steps:
+                last = hidden[-1]
+                places = F.pad(segment.labels[:, 1:] != IGNORED, (0, 1))
+                again = torch.zeros_like(places)
+                for look in segment.looks:
+                    before = segment.length - segment.request - 1
+                    again[look.row, before] = look.round >= self.model.config.layout.rounds
+                again, places = (x[:, -last.shape[1] :].to(last.device) for x in (again, places))
+                found.append(last[places | again])
+                choices.append(again[places | again])
+        return torch.cat(found), torch.cat(choices)
+
+    def _walk(
+        self, segments: Sequence[Segment], state: State, percept: Percept
+    ) -> Generator[tuple[Segment, dict[int, Tensor]], None, None]:
+        """Run segments; yields each with its hidden states (B, ≤ L, D) by layer, -1 the last."""
+        filled: dict[int, Tensor] = {}
         with self.layers(state, percept):
             for index, segment in enumerate(segments):
                 embeds = self._embed(segment, percept, filled)
                 hidden = self._extend(segment, embeds, percept, state)
-                if segment.learns:
-                    # What rows share holds nothing to be learned; the rest ends the segment.
-                    last = hidden[-1]
-                    targets = segment.labels[:, segment.length - last.shape[1] + 1 :]
-                    labels = targets.to(embeds.device)
-                    learned = labels != IGNORED
-                    logits = self.model.backbone.logits(last[:, :-1][learned])
-                    total = total + F.cross_entropy(logits, labels[learned], reduction="sum")
-                    count += int((targets != IGNORED).sum())
+                yield segment, hidden
                 if index < len(segments) - 1:
-                    filled = self._look(segment, hidden, percept, state, None, False)
-        return total, count, state
+                    filled |= self._look(segment, hidden, percept, state, None, False)
 
-    def hidden_at_request(self, plans: Sequence[Plan], percept: Percept) -> Tensor:
-        """Return the hidden states (B, R, D) at the first `<img-q>` of each prompt.
+    def hidden_at_request(self, plans: Sequence[Plan], percept: Percept, look: int = 0) -> Tensor:
+        """Return the hidden states (B, R, D) at one `<img-q>` of each prompt.
 
-        They do not depend on the pictures where the layout has no static tokens, so that a
-        repeated question's may be kept.
+        Those at the first do not depend on the pictures where the layout has no static tokens, so
+        that a repeated question's may be kept.
+
+        Args:
+            plans: of a single turn each, with more than `look` looks.
+            percept: features and static tokens of their pictures.
+            look: which one, from 0.
         """
-        (first, *_), state = self._segments(plans, percept, None)
-        with self.layers(state, percept):
-            hidden = self._extend(first, self._embed(first, percept, []), percept, state)
-        return self._at_request(first, hidden)
+        segments, state = self._segments(plans, percept, None)
+        with closing(self._walk(segments[: look + 1], state, percept)) as steps:
+            *_, (segment, hidden) = steps
+        return self._at_request(segment, segment.looks, hidden)
 
     @contextmanager
     def layers(self, state: State, percept: Percept, repeats: int = 1) -> Iterator[None]:
@@ -154,7 +193,9 @@ class Engine:
             if not read or read[0][0] is not positions:
                 context = state.between(rows, positions.expand(len(rows), -1), features, size)
                 read[:] = [(positions, context)]
-            changed = injector.before_layer(hidden.to(dtype), replace(read[0][1], layer=layer))
+            with self.model.running("inject"):
+                changed = injector.before_layer(hidden.to(dtype), replace(read[0][1], layer=layer))
+            self._check("inject", Injection(changed), "tokens", tuple(hidden.shape))
             return changed.to(hidden.dtype)
 
         with self.model.backbone.layer_callback(injector.layers, before):
@@ -188,7 +229,7 @@ class Engine:
                 told=[[] for _ in plans],
             )
         else:
-            state.counts = counts
+            state.counts = [a + b for a, b in zip(state.counts, counts, strict=True)]
             for row, more in enumerate(pictures):
                 state.pictures[row] += more
         longest = max(
@@ -211,10 +252,11 @@ class Engine:
             lengths[span.sample].append(0 if tokens is None else int(tokens[index].shape[0]))
         return lengths
 
-    def _embed(
-        self, segment: Segment, percept: Percept, filled: Sequence[tuple[Look, Tensor]]
-    ) -> Tensor:
-        """Return the input embeddings (B, L, D_in) of a segment, its slots filled."""
+    def _embed(self, segment: Segment, percept: Percept, filled: Mapping[int, Tensor]) -> Tensor:
+        """Return the input embeddings (B, L, D_in) of a segment, its slots filled.
+
+        `filled` has what each row's last look brought; rows that sit out segments read it later.
+        """
         backbone, slots = self.model.backbone, self.model.slots
         embeds = backbone.embed(segment.ids.to(backbone.device))
         index: list[tuple[int, int]] = []
@@ -227,9 +269,8 @@ class Engine:
             for place in segment.statics:
                 values.append(by_place[place.row, place.image] + slots.image)
                 index += [(place.row, place.start + i) for i in range(place.length)]
-        message = {look.row: tokens for look, tokens in filled}
         for place in segment.dynamics:
-            values.append(message[place.row])
+            values.append(filled[place.row])
             index += [(place.row, place.start + i) for i in range(place.length)]
         for look in segment.looks:
             values.append(slots.request)
@@ -319,13 +360,15 @@ class Engine:
 
     # -- looking ---------------------------------------------------------------------------------
 
-    def _at_request(self, segment: Segment, hidden: dict[int, Tensor]) -> Tensor:
+    def _at_request(
+        self, segment: Segment, looks: Sequence[Look], hidden: dict[int, Tensor]
+    ) -> Tensor:
         requester = self.model.requester
         assert requester is not None
         count = len(self.model.backbone.layers)
         layer = requester.layer % (count + 1)
         states = hidden[-1] if layer == count else hidden[layer]
-        rows = [look.row for look in segment.looks]
+        rows = [look.row for look in looks]
         if rows != list(range(states.shape[0])):
             states = states[torch.tensor(rows, device=states.device)]
         return states[:, -segment.request :].to(self.model.stage_dtype)
@@ -338,22 +381,36 @@ class Engine:
         state: State,
         clock: Clock | None,
         return_map: bool,
-    ) -> list[tuple[Look, Tensor]]:
+    ) -> dict[int, Tensor]:
         """Request, interact and inject for the rows that look.
 
         Returns:
-            The tokens (K, D_in) for each row's slots, where the injector fills any. What else it
+            By row, the tokens (K, D_in) for its slots, where the injector fills any. What else it
             gives is in the state.
         """
-        if not segment.looks:
-            return []
+        filled: dict[int, Tensor] = {}
+        for round_ in sorted({look.round for look in segment.looks}):
+            looks = tuple(look for look in segment.looks if look.round == round_)
+            at_request = self._at_request(segment, looks, hidden)
+            filled |= self._look_once(looks, at_request, percept, state, clock, return_map)
+        return filled
+
+    def _look_once(
+        self,
+        looks: tuple[Look, ...],
+        hidden: Tensor,
+        percept: Percept,
+        state: State,
+        clock: Clock | None,
+        return_map: bool,
+    ) -> dict[int, Tensor]:
+        """Let rows look together that are in the same round; `hidden` (n, R, D) asks."""
         model = self.model
-        looks = segment.looks
         assert model.requester is not None
         assert model.interaction is not None
         assert model.injector is not None
         context = RequestContext(
-            self._at_request(segment, hidden),
+            hidden,
             [look.row for look in looks],
             looks[0].round,
             model.requester.layer,
@@ -380,7 +437,8 @@ class Engine:
         if clock:
             clock.lap("inject")
         state.looks.append(LookRecord(looks, request, message, features))
-        return [] if tokens is None else list(zip(looks, tokens, strict=True))
+        rows = [look.row for look in looks]
+        return {} if tokens is None else dict(zip(rows, tokens, strict=True))
 
     def _apply(
         self, injected: Injection, message: VisualMessage, looks: Sequence[Look], state: State

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -16,10 +17,11 @@ from typing import BinaryIO
 
 from ipn_core.errors import IPNError
 
-__all__ = ["atomic_folder", "atomic_write", "lock", "sha256_of"]
+__all__ = ["atomic_folder", "atomic_write", "claim", "lock", "remove_unfinished", "sha256_of"]
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _POLL_S = 0.1
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\..+)?")
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path], object]) -> None:
@@ -54,6 +56,16 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path],
         raise IPNError(_refusal(path, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: str | os.PathLike[str]) -> None:
+    """Remove what `atomic_write` left in a folder because its process was killed.
+
+    Nothing else may be writing there.
+    """
+    for path in Path(folder).iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -104,6 +116,18 @@ def lock(
             time.sleep(_POLL_S)
             held = _try_lock(file)
         yield
+
+
+@contextmanager
+def claim(path: str | os.PathLike[str]) -> Iterator[bool]:
+    """Hold the same lock if nobody does, without waiting; yields whether it is held.
+
+    Args:
+        path: the lock's file, made where it is missing and left where it is.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        yield _try_lock(file)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from ipn_core.answer import Answer, Answers
 from ipn_core.errors import GenerationOptionError
 from ipn_core.generation import check_options, prompt_processors, repeats_of, with_config
+from ipn_core.look_again import HeldStreamer, Watch, refuse_options
 from ipn_core.plan import Plan
 from ipn_core.state import LookRecord, Prefix, State
 
@@ -50,33 +51,31 @@ def decode(
     """
     options = with_config(options)
     check_options(options)
+    layout = model.config.layout
+    if layout.look_again:
+        refuse_options(options)
     options = {"do_sample": False, **options}
-    if options.get("max_length") is None:
-        options.setdefault("max_new_tokens", MAX_NEW_TOKENS)
     prefix = model.engine.prefix(
         plans, percept, state=state, clock=clock, return_map=_has_map(model)
     )
-    _limit(model, prefix, options)
-    state, (repeats, returned) = prefix.state, repeats_of(options)
-    cache, rows = state.cache, state.mask.shape[0]
+    limit = _limit(model, prefix, options)
     ends = options.get("eos_token_id")
     ends = model.backbone.eos_ids if ends is None else [ends] if isinstance(ends, int) else ends
     pad = model.backbone.tokenizer.pad_token_id
     options.setdefault("pad_token_id", pad if pad is not None else next(iter(ends), 0))
-    output = _generate(model, plans, percept, prefix, cache, options, clock)
-    stops = options.get("stop_strings") or options.get("stopping_criteria")
-    sequences = _trimmed(output.sequences, ends, options["pad_token_id"] if stops else None)
-    answers = _answers(model, state, sequences, returned, clock)
-    mask = torch.cat([state.mask, prefix.mask], dim=1)
-    fed = int(cache.get_seq_length()) - mask.shape[1]
-    if repeats > 1:
-        # All sequences of a prompt hold the same prompt; what they go on with differs.
-        cache.batch_select_indices(torch.arange(0, rows * repeats, repeats, device=mask.device))
-        cache.crop(-fed)
+    repeats, returned = repeats_of(options)
+    if model.look_head is not None:
+        watch = Watch(model.look_head, layout, plans, ends, limit, prefix.mask.device)
+        output = _with_looks(model, plans, percept, prefix, options, clock, watch)
+        sequences, looked = watch.answers(output.sequences)
     else:
-        mask = torch.cat([mask, mask.new_ones(rows, fed)], dim=1)
-    state.mask, state.lengths = mask, [int(n) for n in mask.sum(1).tolist()]
-    return Answers(answers, output), state, repeats == 1
+        options["max_new_tokens"] = limit
+        output = _generate(model, plans, percept, prefix, options, clock)
+        stops = options.get("stop_strings") or options.get("stopping_criteria")
+        sequences = _trimmed(output.sequences, ends, options["pad_token_id"] if stops else None)
+        looked = [()] * len(sequences)
+    answers = _answers(model, prefix.state, sequences, looked, returned, clock)
+    return Answers(answers, output), prefix.state, repeats == 1
 
 
 def _generate(
@@ -84,63 +83,133 @@ def _generate(
     plans: Sequence[Plan],
     percept: Percept,
     prefix: Prefix,
-    cache: Any,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     clock: Clock,
+    looked: Sequence[Sequence[int]] = (),
+    **more: Any,
 ) -> Any:
-    """Call transformers' `generate` on the last segment, the rest lying in the cache."""
+    """Call transformers' `generate` on the last segment, the rest lying in the cache.
+
+    The prefix's state is left with all that was processed; with several sequences a prompt, with
+    the prompts alone. `plans` are of the whole prompts, `looked` says for each row which of the ids
+    so far are looks, and `more` holds arguments that the model's caller cannot set.
+    """
     from transformers import LogitsProcessorList
 
-    state, lm = prefix.state, model.backbone.lm
+    options = dict(options)
+    state, lm, rows = prefix.state, model.backbone.lm, len(prefix.mask)
     repeats, _ = repeats_of(options)
     if repeats > 1 and state.length:
-        cache.batch_repeat_interleave(repeats)
+        state.cache.batch_repeat_interleave(repeats)
     # `generate` reads only the length of what the cache holds; the embeddings there are not used.
-    held = prefix.embeds.new_zeros(len(plans), state.length, prefix.embeds.shape[2])
-    mask = torch.cat([state.mask, prefix.mask], dim=1).long()
+    held = prefix.embeds.new_zeros(rows, state.length, prefix.embeds.shape[2])
+    mask = torch.cat([state.mask, prefix.mask], dim=1)
     texts = [plan.text_ids for plan in plans]
     processors = LogitsProcessorList(options.pop("logits_processor", None) or [])
-    processors.extend(prompt_processors(options, lm.generation_config, texts))
+    processors.extend(prompt_processors(options, lm.generation_config, texts, looked))
     with model.engine.layers(state, percept, repeats), clock.decoding(lm):
-        return lm.generate(
+        output = lm.generate(
             inputs_embeds=torch.cat([held, prefix.embeds], dim=1),
-            attention_mask=mask,
-            past_key_values=cache,
+            attention_mask=mask.long(),
+            past_key_values=state.cache,
             logits_processor=processors,
             return_dict_in_generate=True,
             **({"tokenizer": model.backbone.tokenizer} if options.get("stop_strings") else {}),
             **options,
+            **more,
         )
+    fed = int(state.cache.get_seq_length()) - mask.shape[1]
+    if repeats > 1:
+        # All sequences of a prompt hold the same prompt; what they go on with differs.
+        index = torch.arange(0, rows * repeats, repeats, device=mask.device)
+        state.cache.batch_select_indices(index)
+        state.cache.crop(-fed)
+    else:
+        mask = torch.cat([mask, mask.new_ones(rows, fed)], dim=1)
+    state.mask, state.lengths = mask, [int(n) for n in mask.sum(1).tolist()]
+    return output
+
+
+def _with_looks(
+    model: IPN,
+    plans: Sequence[Plan],
+    percept: Percept,
+    prefix: Prefix,
+    options: dict[str, Any],
+    clock: Clock,
+    watch: Watch,
+) -> Any:
+    """Decode until a row looks again, look, and go on from the same cache; returns the last output.
+
+    `watch` stops `generate` where a row looks, and evaluates the caller's stopping criteria.
+    """
+    from transformers import StoppingCriteriaList, StopStringCriteria
+
+    stops = StoppingCriteriaList(options.pop("stopping_criteria", None) or [])
+    if strings := options.pop("stop_strings", None):
+        stops.append(StopStringCriteria(model.backbone.tokenizer, strings))
+    streamer = options.pop("streamer", None)
+    held = None if streamer is None else HeldStreamer(streamer)
+    ids: Tensor | None = None
+    while True:
+        with watch.reading(model.backbone.lm.get_output_embeddings(), stops):
+            output = _generate(
+                model,
+                plans,
+                percept,
+                prefix,
+                {**options, "max_new_tokens": watch.room(ids)},
+                clock,
+                watch.looked,
+                input_ids=ids,
+                stopping_criteria=StoppingCriteriaList([watch]),
+                streamer=held,
+            )
+        looks = bool(watch.looking)
+        if held is not None:
+            held.settle(looks)
+        if not looks:
+            return output
+        ids = output.sequences
+        ids[watch.looking, -1] = options["pad_token_id"]
+        further = watch.next(ids)
+        state = prefix.state
+        prefix = model.engine.prefix(
+            further, percept, state=state, clock=clock, return_map=_has_map(model)
+        )
+        for count, plan in zip(state.counts, further, strict=True):
+            count.text -= len(plan.text_ids)  # the answer's, which counts these itself
 
 
 def _has_map(model: IPN) -> bool:
     return model.interaction is not None and model.interaction.has_map
 
 
-def _limit(model: IPN, prefix: Prefix, options: dict[str, Any]) -> None:
-    """End every answer where the context ends, which each prompt leaves room in.
+def _limit(model: IPN, prefix: Prefix, options: dict[str, Any]) -> int:
+    """Return the tokens of an answer at most, and take the options that say so out.
+
+    Every answer ends where the context does, which each prompt leaves room in.
 
     Raises:
         GenerationOptionError: `max_length` leaves no room for an answer.
     """
-    asked = options.get("max_new_tokens")
-    longest = max(
-        length + int(n)
-        for length, n in zip(prefix.state.lengths, prefix.mask.sum(1).tolist(), strict=True)
-    )
-    room = model.backbone.max_positions - longest
-    if asked is not None and asked > room:
-        options["max_new_tokens"] = room
-    if options.get("max_length") is not None:
+    asked, longest = options.pop("max_new_tokens", None), options.pop("max_length", None)
+    if asked is None and longest is not None:
         # It counts the prompt, and its padding too.
         held = prefix.state.length + prefix.mask.shape[1]
-        if asked is None and options["max_length"] <= held:
+        asked = longest - held
+        if asked < 1:
             raise GenerationOptionError(
                 f"generation option 'max_length' counts the prompt, which has {held} tokens, so "
-                f"it must be at least {held + 1}, got {options['max_length']}. Give "
+                f"it must be at least {held + 1}, got {longest}. Give "
                 "'max_new_tokens' instead, which counts the answer alone."
             )
-        options["max_length"] = min(options["max_length"], held + room)
+    if asked is None:
+        asked = MAX_NEW_TOKENS
+    layout, injector = model.config.layout, model.injector
+    look = layout.request + (injector.fills + injector.caches if injector else 0)
+    taken = max(n + int(m.sum()) for n, m in zip(prefix.state.lengths, prefix.mask, strict=True))
+    return min(int(asked), model.backbone.max_positions - taken - layout.look_again * look)
 
 
 def _trimmed(sequences: Tensor, ends: Sequence[int], pad: int | None) -> list[tuple[int, ...]]:
@@ -165,6 +234,7 @@ def _answers(
     model: IPN,
     state: State,
     sequences: Sequence[tuple[int, ...]],
+    looked: Sequence[tuple[int, ...]],
     returned: int,
     clock: Clock,
 ) -> list[Answer]:
@@ -192,6 +262,7 @@ def _answers(
                 grids=grids,
                 seconds=seconds,
                 tokens=tokens,
+                looked=looked[index],
             )
         )
     return answers

@@ -154,7 +154,10 @@ WITH_PROMPT_IDS = ("no_repeat_ngram_size", "repetition_penalty")
 
 
 def prompt_processors(
-    options: dict[str, Any], defaults: Any, prompt: Sequence[Sequence[int]]
+    options: dict[str, Any],
+    defaults: Any,
+    prompt: Sequence[Sequence[int]],
+    looked: Sequence[Sequence[int]] = (),
 ) -> list[Any]:
     """Return logits processors for the options of `WITH_PROMPT_IDS`, and switch these off.
 
@@ -162,6 +165,7 @@ def prompt_processors(
         options: generation options; those served here are set to their neutral values.
         defaults: the generation config of the language model, which may ask for them too.
         prompt: the text ids of each row, slots left out.
+        looked: for each row, the places among the generated ids that are looks.
     """
     from transformers.generation.logits_process import (
         NoRepeatNGramLogitsProcessor,
@@ -180,16 +184,19 @@ def prompt_processors(
         if value is not None:
             options[name] = neutral
             if value != neutral:
-                processors.append(_WithPrompt(make(value), prompt))
+                processors.append(_WithPrompt(make(value), prompt, looked))
     return processors
 
 
 class _WithPrompt:
     """Shows a logits processor the prompt's ids before the generated ones."""
 
-    def __init__(self, inner: Any, prompt: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, inner: Any, prompt: Sequence[Sequence[int]], looked: Sequence[Sequence[int]]
+    ) -> None:
         self.inner = inner
         self.prompt = prompt
+        self.looked = looked
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Process (rows, generated) ids and (rows, vocabulary) scores; rows may be repeated."""
@@ -197,7 +204,12 @@ class _WithPrompt:
         parts = []
         for row in range(input_ids.shape[0]):
             known = torch.tensor(self.prompt[row // repeats], device=input_ids.device)
-            whole = torch.cat([known.to(input_ids.dtype), input_ids[row]])[None]
+            own = input_ids[row]
+            if self.looked:
+                kept = torch.ones_like(own, dtype=torch.bool)
+                kept[list(self.looked[row])] = False
+                own = own[kept]
+            whole = torch.cat([known.to(input_ids.dtype), own])[None]
             parts.append(self.inner(whole, scores[row : row + 1]))
         return torch.cat(parts)
 

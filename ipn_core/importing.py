@@ -191,5 +191,7 @@ def find_import(name: str | Path, registry: Registry) -> Imported | None:
     place = locate_weights(source, registry)
     if isinstance(place, str):
         place = fetch_from_hub(place, _FILES, f"the weights '{name}'")
-    importer: Importer = known[prefix].load()()
+    target: Any = known[prefix].load()
+    with known[prefix].building():
+        importer: Importer = target()
     return Imported(str(name), source, place, importer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,10 +17,11 @@ from ipn_core.clock import Clock
 from ipn_core.config import ComponentConfig, IPNConfig, Layout
 from ipn_core.dialogue import Dialogue
 from ipn_core.engine import Engine
-from ipn_core.errors import ConfigError, IPNError, PluginError, StageError
+from ipn_core.errors import ConfigError, IPNError, ShapeError, StageError
 from ipn_core.generate import decode
 from ipn_core.hooks import PROJECT, StageSpec
 from ipn_core.images import load_image
+from ipn_core.look_again import LookHead
 from ipn_core.plan import Planner
 from ipn_core.plugins import Registry, get_registry
 from ipn_core.prompt import Prompt
@@ -54,6 +56,7 @@ class IPN(nn.Module):
             are None for strategies without a round, and so is the injector unless it works
             between the layers.
         slots: the learned embeddings of `<img>`, `<img-q>`, `<img-d>`.
+        look_head: decides whether to look again; None unless `layout.look_again`.
         pm: the model's own plugin manager; wrap a stage by registering a wrapper on it.
         name: what the model was loaded as, for reports.
     """
@@ -84,6 +87,9 @@ class IPN(nn.Module):
             backbone.lm.get_input_embeddings().weight,
             _request_words(backbone, config.layout),
         ).to(backbone.device)
+        self.look_head: LookHead | None = None
+        if config.layout.look_again:
+            self.look_head = LookHead(backbone.D_out).to(backbone.device)
         self.pm = pluggy.PluginManager(PROJECT)
         self.pm.add_hookspecs(StageSpec)
         for part in (self.encoder, *self.borrowed):
@@ -126,8 +132,15 @@ class IPN(nn.Module):
         if not isinstance(config, IPNConfig):
             config = IPNConfig.resolve(config, registry, "model")
         if backbone is None:
-            adapter = registry.get("backbone", config.backbone.name).load()
-            backbone = adapter.load(config.backbone, registry)
+            component = registry.get("backbone", config.backbone.name)
+            adapter = component.load()
+            with component.building():
+                backbone = adapter.load(config.backbone, registry)
+        elif config.backbone.lora is not None and backbone.lora is None:
+            raise ConfigError(
+                "the config asks for backbone.lora, and the backbone given has no adapter: call "
+                "its adapt() first, on one that no other model shares."
+            )
         build = _Builder(registry)
         if encoder is None:
             encoder = build("perceiver", config.encoder)
@@ -155,6 +168,9 @@ class IPN(nn.Module):
             dims = _with(dims, M=interaction.length, Dm=interaction.width)
         if config.inject is not None:
             injector = build("injector", config.inject, dims)
+            if layout.look_again and not injector.fills:
+                why = f"injector '{config.inject.name}' fills no slot, so that nothing would follow"
+                _refuse("layout.look_again", [f"{why} a look within an answer"])
         return cls(config, backbone, perceiver, requester, interaction, injector, name, registry)
 
     @classmethod
@@ -237,14 +253,15 @@ class IPN(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith(skipped)}
 
     def _named(self) -> Iterator[nn.Module]:
-        """The backbone, a frozen encoder, and what stages borrow."""
-        yield from (self.backbone, *self.borrowed)
+        """The language model, a frozen encoder, and what stages borrow."""
+        yield from (self.backbone.lm, *self.borrowed)
         if not any(p.requires_grad for p in self.encoder.parameters()):
             yield self.encoder
 
     def label(self, stage: str) -> str:
         """Return who brought a stage, such as "plugin ipn-rvii 0.1.0", for messages."""
         kind, part = {
+            "encode": ("perceiver", self.config.encoder),
             "perceive": ("perceiver", self.config.perceive or self.config.encoder),
             "request": ("requester", self.config.request),
             "interact": ("interaction", self.config.interact),
@@ -259,6 +276,8 @@ class IPN(nn.Module):
         super().train(mode)
         for part in self._named():
             part.eval()
+        # It knows what of it is frozen.
+        self.backbone.train(mode)
         return self
 
     @contextlib.contextmanager
@@ -288,6 +307,14 @@ class IPN(nn.Module):
         opened = [[_open(image) for image in row] for row in images] if features is None else []
         context = PerceiveContext(opened, list(questions), features)
         percept: Percept = self.call("perceive", context=context)
+        got, pictures = percept.tokens, len(percept.features.images)
+        D = self.backbone.D_in
+        if got is not None and [one.shape[1:] for one in got] != [torch.Size([D])] * pictures:
+            raise ShapeError(
+                f"stage perceive of {self.label('perceive')} ({type(self.perceiver).__name__}) "
+                f"returned tokens of {[tuple(one.shape) for one in got]}, expected (S, {D}) for "
+                f"each of {pictures} picture(s)."
+            )
         return percept
 
     def call(self, stage: str, **arguments: Any) -> Any:
@@ -296,13 +323,28 @@ class IPN(nn.Module):
         Raises:
             StageError: the stage or a wrapper around it failed; the text names it.
         """
-        try:
+        with self.running(stage):
             return getattr(self.pm.hook, stage)(**arguments)
+
+    @contextlib.contextmanager
+    def running(self, stage: str) -> Iterator[None]:
+        """Name who brought a stage in whatever goes wrong while the block runs it.
+
+        Raises:
+            StageError: anything but an `IPNError`, which speaks for itself, was raised.
+        """
+        try:
+            yield
         except IPNError:
             raise
         except Exception as error:
+            who = self.label(stage)
+            # A connector, and an interaction that looks again, call the encoder themselves.
+            frames = traceback.walk_tb(error.__traceback__)
+            if any(frame.f_locals.get("self") is self.encoder for frame, _ in frames):
+                stage, who = "perceive", self.label("encode")
             raise StageError(
-                f"stage {stage} of {self.label(stage)} failed: {type(error).__name__}: {error}"
+                f"stage {stage} of {who} failed: {type(error).__name__}: {error}"
             ) from error
 
     def ask(self, image: Any, question: str, **options: Any) -> Answer:
@@ -361,8 +403,14 @@ class _Builder:
     def __call__(self, kind: str, spec: ComponentConfig | None, *args: Any) -> Any:
         assert spec is not None
         component = self.registry.get(kind, spec.name)
-        target = component.load()
-        schema = component.load_config() or target.Config
+        target, declared = component.load(), component.load_config()
+        with component.building():
+            return self._build(target, declared or target.Config, kind, spec, args)
+
+    @staticmethod
+    def _build(
+        target: Any, schema: Any, kind: str, spec: ComponentConfig, args: tuple[Any, ...]
+    ) -> Any:
         options = spec.options
         if schema is None:
             if options:
@@ -372,17 +420,9 @@ class _Builder:
             config = None
         else:
             config = schema.parse(options, f"{kind} {spec.name}")
-        try:
-            if args:
-                _refuse(f"{kind} '{spec.name}'", target.not_supported_reasons(config, args[0]))
-            return target(config, *args)
-        except IPNError:
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"{kind} '{spec.name}' of {component.plugin.label} cannot be built: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        if args:
+            _refuse(f"{kind} '{spec.name}'", target.not_supported_reasons(config, args[0]))
+        return target(config, *args)
 
 
 def _refuse(what: str, reasons: Sequence[str]) -> None:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ipn_core.config import PromptConfig
 from ipn_core.errors import PromptError
-from ipn_core.prompt import Ids, Prompt, Shown, Text, Turn
+from ipn_core.prompt import Ids, LookAgain, Prompt, Shown, Text, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ipn_core.config import Layout
 
-__all__ = ["DynamicSlot", "ImageSlot", "Plan", "Planner", "RequestSlot", "Tokens"]
+__all__ = ["DynamicSlot", "ImageSlot", "Plan", "Planner", "RequestSlot", "Tokens", "look_slots"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,11 @@ class DynamicSlot:
 
 
 Piece = Tokens | ImageSlot | RequestSlot | DynamicSlot
+
+
+def look_slots(round_: int, images: int) -> tuple[Piece, ...]:
+    """Return the slots of one look."""
+    return RequestSlot(round_, images), DynamicSlot(round_)
 
 
 @dataclass(frozen=True)
@@ -192,15 +197,15 @@ class Planner:
 
     # -- rendering -------------------------------------------------------------------------------
 
-    def _render(self, turns: Sequence[Turn]) -> tuple[str, str, list[Piece]]:
+    def _render(self, turns: Sequence[Turn]) -> tuple[str, str, list[tuple[Piece, ...]]]:
         """Return what stands before the template, and the rendered template, with slot marks.
 
-        With them come the slots in the order of the marks.
+        With them comes what each mark stands for, in their order.
         """
         continues = turns[-1].role != "assistant"
         marks = [self._content_mark % i for i in range(len(turns))]
         text = self._apply(turns, marks, continues)
-        slots: list[Piece] = []
+        slots: list[tuple[Piece, ...]] = []
         state = _Pictures()
         for mark, turn in zip(marks, turns, strict=True):
             if text.count(mark) != 1:
@@ -214,11 +219,10 @@ class Planner:
                 gap = self._gap(turns[: turns.index(turn)], marks)
                 head, tail = text.split(mark)
                 text = head.removesuffix(gap) + mark + tail
-                if turn.learn:
-                    # What ends the answer belongs to it: the end of the template's closer.
-                    closer = self._closer(tail)
-                    text = text.replace(mark + closer, mark)
-                    slots[-1] = self._learned(turn, gap, closer)
+                # What ends an answer to learn belongs to it: the end of the template's closer.
+                closer = self._closer(tail) if turn.learn else ""
+                text = text.replace(mark + closer, mark)
+                slots[-1] = self.said(turn, state.images, gap, closer)
             text = text.replace(mark, rendered)
         if turns[-1].learn:
             text = text[: text.rindex(self._slot_mark) + len(self._slot_mark)]
@@ -257,10 +261,9 @@ class Planner:
         except (jinja2.TemplateError, ValueError) as error:
             raise PromptError(f"the chat template refuses these turns: {error}") from None
 
-    def _content(self, turn: Turn, state: _Pictures, slots: list[Piece]) -> str:
-        if turn.learn or any(isinstance(c, Ids) for c in turn.content):
-            ids = turn.content[0].ids if isinstance(turn.content[0], Ids) else ()
-            slots.append(Tokens(ids))
+    def _content(self, turn: Turn, state: _Pictures, slots: list[tuple[Piece, ...]]) -> str:
+        if turn.learn or any(isinstance(c, (Ids, LookAgain)) for c in turn.content):
+            slots.append(())
             return self._slot_mark
         text, looks = "", self.layout.rounds if turn.role == "user" else 0
         before = state.images
@@ -279,14 +282,14 @@ class Planner:
             content = [*shown, *(c for c in content if not isinstance(c, Shown))]
         for index, piece in enumerate(content):
             if look_first and look and index == pictures:
-                slots.extend(look)
-                text += self._slot_mark * len(look)
+                slots.append(look)
+                text += self._slot_mark
             if isinstance(piece, Shown):
                 if turn.role != "user":
                     raise PromptError(
                         f"a picture stands in the {turn.role}'s turn; only a user shows pictures."
                     )
-                slot = ImageSlot(state.images)
+                slot = (ImageSlot(state.images),)
                 follows = index > 0 and isinstance(content[index - 1], Shown)
                 before_it = self.prompt.before_next_image if follows else None
                 before_it = self.prompt.before_image if before_it is None else before_it
@@ -301,37 +304,60 @@ class Planner:
             elif isinstance(piece, Text):
                 text += self._escape(piece.text)
         if look and not look_first:
-            slots.extend(look)
-            text += self._slot_mark * len(look)
+            slots.append(look)
+            text += self._slot_mark
         return text
 
-    def _look(self, rounds: int, images: int) -> list[Piece]:
+    @staticmethod
+    def _look(rounds: int, images: int) -> tuple[Piece, ...]:
         """The slots of a turn's looks; without a picture so far there is nothing to look at."""
-        if images == 0:
-            return []
-        look: list[Piece] = []
-        for round_ in range(rounds):
-            look += [RequestSlot(round_, images), DynamicSlot(round_)]
-        return look
+        looks = range(rounds if images else 0)
+        return tuple(piece for round_ in looks for piece in look_slots(round_, images))
 
     def _closer(self, tail: str) -> str:
         """The part of the template right after an answer that the LLM must learn to emit."""
         ends = [t for t in self._special if tail.startswith(t)]
         return max(ends, key=len, default="")
 
-    def _learned(self, turn: Turn, gap: str, closer: str) -> Tokens:
+    def said(self, turn: Turn, images: int, gap: str = "", closer: str = "") -> tuple[Piece, ...]:
+        """Return the tokens of an answer that is kept as ids or is to be learned, and its looks.
+
+        Args:
+            turn: the assistant's.
+            images: how many of the prompt's pictures stand before it.
+            gap: white space that the template puts before a text.
+            closer: the special token that ends an answer to learn, if the template has one.
+
+        Raises:
+            PromptError: it looks more often than `layout.look_again` or has no picture to look at.
+        """
+        pieces: list[Piece] = []
         ids: list[int] = []
+        looks = 0
         for piece in turn.content:
             if isinstance(piece, Ids):
                 ids.extend(piece.ids)
             elif isinstance(piece, Text):
                 text = piece.text.strip() if self._trims else piece.text
                 ids.extend(self._answer_ids(gap + text))
+            elif isinstance(piece, LookAgain):
+                if ids:
+                    pieces.append(Tokens(tuple(ids), turn.learn))
+                ids = []
+                if looks == self.layout.look_again or images == 0:
+                    raise PromptError(
+                        f"an answer looks again {looks + 1} times after {images} pictures; it may "
+                        f"{self.layout.look_again} times (layout.look_again), and after a picture."
+                    )
+                pieces += look_slots(self.layout.rounds + looks, images)
+                looks += 1
         if closer:
             ids += cast("list[int]", self._original.convert_tokens_to_ids([closer]))
-        elif self._end is not None:
+        elif turn.learn and self._end is not None:
             ids.append(int(self._end))
-        return Tokens(tuple(ids), learn=True)
+        if ids:
+            pieces.append(Tokens(tuple(ids), turn.learn))
+        return tuple(pieces)
 
     def _answer_ids(self, text: str) -> list[int]:
         found: list[int] = self._original(
@@ -347,7 +373,9 @@ class Planner:
 
     # -- tokenising ------------------------------------------------------------------------------
 
-    def _tokenise(self, first: str, text: str, slots: Sequence[Piece]) -> Iterator[Piece]:
+    def _tokenise(
+        self, first: str, text: str, slots: Sequence[tuple[Piece, ...]]
+    ) -> Iterator[Piece]:
         own = self.prompt.add_special_tokens
         encoded: list[int] = self._tokenizer(text, add_special_tokens=own)["input_ids"]
         if first:
@@ -359,9 +387,7 @@ class Planner:
                 if run:
                     yield Tokens(tuple(run))
                 run = []
-                piece = next(waiting)
-                if not isinstance(piece, Tokens) or piece.ids:
-                    yield piece
+                yield from next(waiting)
             else:
                 run.extend(self._escape_ids.get(id_, (id_,)))
         if run:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -19,7 +20,7 @@ from typing import Any
 import pluggy
 
 import ipn_core
-from ipn_core.errors import PluginError, UserError, unknown_name
+from ipn_core.errors import IPNError, PluginError, UserError, unknown_name
 from ipn_core.hooks import PROJECT, DiscoverySpec
 
 __all__ = [
@@ -87,13 +88,30 @@ class Component:
             found: Any = importlib.import_module(module)
             for part in attribute.split("."):
                 found = getattr(found, part)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"{self.kind} '{self.name}' of {self.plugin.label} cannot be imported from "
                 f"'{target}': {type(error).__name__}: {error}. Reinstall or upgrade it, or leave "
                 f"it out with IPN_PLUGINS."
             ) from error
         return found
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Name the plugin in whatever goes wrong while the block builds this component.
+
+        Raises:
+            PluginError: anything but an `IPNError`, which speaks for itself, was raised.
+        """
+        try:
+            yield
+        except IPNError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise PluginError(
+                f"{self.kind} '{self.name}' of {self.plugin.label} cannot be built: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ipn_core.images import ImageLike
     from ipn_core.tasks import Picture
 
-__all__ = ["Content", "Ids", "Prompt", "Text", "Turn"]
+__all__ = ["Content", "Ids", "LookAgain", "Prompt", "Text", "Turn"]
 
 Role = Literal["system", "user", "assistant"]
 
@@ -38,7 +38,12 @@ class Ids:
     ids: tuple[int, ...]
 
 
-Content: TypeAlias = Union[Text, Shown, Ids]
+@dataclass(frozen=True, slots=True)
+class LookAgain:
+    """A look that the model took, or is to learn to take, at this place of its answer."""
+
+
+Content: TypeAlias = Union[Text, Shown, Ids, LookAgain]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,7 @@ class Prompt:
         *,
         order: Sequence[str] = ("images", "text", "look"),
         answer: str | None = None,
+        looks: int = 0,
     ) -> Prompt:
         """One question about pictures.
 
@@ -88,6 +94,7 @@ class Prompt:
             images: the pictures.
             order: a layout's order; says whether the pictures stand before the text.
             answer: the answer to learn, in training.
+            looks: how often to learn to look again before it.
 
         Raises:
             PromptError: the question is empty.
@@ -98,10 +105,10 @@ class Prompt:
         text = [Text(question)]
         first = order.index("images") < order.index("text")
         content: list[Content] = [*shown, *text] if first else [*text, *shown]
-        turns = [Turn("user", tuple(content))]
-        if answer is not None:
-            turns.append(Turn("assistant", (Text(answer),), learn=True))
-        return cls(tuple(turns))
+        asked = cls((Turn("user", tuple(content)),))
+        if answer is None:
+            return asked
+        return asked.then_assistant(answer, learn=True, looked=[0] * looks)
 
     @classmethod
     def user(cls, *content: Any) -> Prompt:
@@ -122,10 +129,25 @@ class Prompt:
             raise PromptError("a user's turn needs some text. Ask something.")
         return Prompt((*self.turns, turn))
 
-    def then_assistant(self, answer: str | Sequence[int], *, learn: bool = False) -> Prompt:
-        """Add an answer, as text or as the ids that were generated."""
-        piece: Content = Text(answer) if isinstance(answer, str) else Ids(tuple(answer))
-        return Prompt((*self.turns, Turn("assistant", (piece,), learn)))
+    def then_assistant(
+        self, answer: str | Sequence[int], *, learn: bool = False, looked: Sequence[int] = ()
+    ) -> Prompt:
+        """Add an answer, as text or as the ids that were generated.
+
+        Args:
+            answer: the text or the ids.
+            learn: whether training predicts it.
+            looked: for each look within it, how many of its ids come before; before a text, 0.
+        """
+        if isinstance(answer, str):
+            content: list[Content] = [*(LookAgain() for _ in looked), Text(answer)]
+        else:
+            content, done = [], 0
+            for place in looked:
+                content += [Ids(tuple(answer[done:place])), LookAgain()]
+                done = place
+            content.append(Ids(tuple(answer[done:])))
+        return Prompt((*self.turns, Turn("assistant", tuple(content), learn)))
 
     @property
     def images(self) -> tuple[Any, ...]:

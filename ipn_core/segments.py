@@ -7,7 +7,7 @@ with fewer looks than others sits out the segments between its own and the last 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor
@@ -88,6 +88,11 @@ class TokenCounts:
     dynamic: int = 0
     generated: int = 0
 
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        """Count both."""
+        mine, more = astuple(self), astuple(other)
+        return TokenCounts(*(a + b for a, b in zip(mine, more, strict=True)))
+
     def total(self) -> int:
         """All of them together."""
         return self.text + self.static + self.request + self.dynamic + self.generated
@@ -116,7 +121,8 @@ def lay_out(
         of its pictures stands.
 
     Raises:
-        PromptError: a look fills no slot and nothing follows it for the LLM to read.
+        PromptError: a look fills no slot and nothing follows it for the LLM to read, or a picture
+            has a place and no features.
     """
     rows = [_spread(plan.segments, max(len(p.segments) for p in plans)) for plan in plans]
     counts = [TokenCounts() for _ in plans]
@@ -191,7 +197,12 @@ def _length(piece: Piece, statics: Sequence[int], request: int, dynamic: int) ->
     if isinstance(piece, Tokens):
         return len(piece.ids)
     if isinstance(piece, ImageSlot):
-        return statics[piece.image] if statics else 0
+        if piece.image >= len(statics):
+            raise PromptError(
+                f"a prompt has places for {piece.image + 1} pictures or more, and there are "
+                f"features of {len(statics)}."
+            )
+        return statics[piece.image]
     return request if isinstance(piece, RequestSlot) else dynamic
 
 
@@ -211,6 +222,8 @@ def _spread(segments: list[tuple[Piece, ...]], columns: int) -> list[tuple[Piece
 
 def _cut(pieces: tuple[Piece, ...]) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
     """Cut before the last token, or before the token that predicts the answer to learn."""
+    if not pieces:
+        return (), ()
     index = len(pieces) - 1
     while index > 0 and isinstance(piece := pieces[index], Tokens) and piece.learn:
         index -= 1

@@ -192,6 +192,11 @@ class Requester(Stage):
         """The hidden layer to read, counted as transformers does; -1 is after the final norm."""
         return -1
 
+    @property
+    def asks(self) -> bool:
+        """Whether a request may depend on the question; not so in a control."""
+        return True
+
     @abstractmethod
     def forward(self, context: RequestContext) -> Request:
         """Make the request."""

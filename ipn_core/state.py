@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -70,7 +70,9 @@ class State:
         """Keep these rows of cache and mask, in this order; one may be named several times."""
         index = torch.tensor(rows, device=self.mask.device)
         if self.length:
-            self.cache.batch_select_indices(index)
+            layers: list[Any] = self.cache.layers
+            for layer in layers:
+                layer.batch_select_indices(index.to(layer.keys.device))
         self.mask = self.mask[index]
 
     def remember(

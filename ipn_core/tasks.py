@@ -1,38 +1,29 @@
-"""Tasks: pictures, questions and answers, from a plugin or from a JSONL file."""
+"""Tasks: pictures, questions and answers, from a plugin or from a file."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ipn_core.errors import (
-    ConfigError,
-    DataError,
-    ImageError,
-    IPNError,
-    PluginError,
-    UnknownNameError,
-    near,
-)
-from ipn_core.images import load_image
+from ipn_core.errors import ConfigError, DataError, UnknownNameError, near
+from ipn_core.prompt import Prompt
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ipn_core.plugins import Component, Registry
 
-__all__ = ["Example", "JsonlTask", "Picture", "Task", "open_task"]
+__all__ = ["Example", "Picture", "ShardedTask", "Task", "open_task"]
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Picture:
     """A picture that is opened when it is needed.
 
@@ -57,6 +48,12 @@ class Example:
         names: the things in the pictures that the question names, for objectives that align
             requests with pictures; empty where that is not known.
         shown: all such things in its pictures.
+        looks: how often to look again before the answer, for models that may
+            (`layout.look_again`) and are to learn when.
+        hops: what the looks before the one for the answer should find, where that is known.
+        dialogue: all of what is said where that is more than a question about the pictures before
+            it: earlier turns, or pictures between words. It ends with the first answer; question
+            and pictures are then those of its last turn and of all of its turns.
     """
 
     question: str
@@ -65,6 +62,22 @@ class Example:
     type: str = "all"
     names: tuple[str, ...] = ()
     shown: tuple[str, ...] = ()
+    looks: int = 0
+    hops: tuple[str, ...] = ()
+    dialogue: Prompt | None = None
+
+    def prompt(self, order: Sequence[str], *, learn: bool = False, looks: int = 0) -> Prompt:
+        """Return what the model is asked.
+
+        Args:
+            order: a layout's; says whether pictures stand before the question.
+            learn: whether the answers follow, to learn from.
+            looks: how often to learn to look again before the answer.
+        """
+        if self.dialogue is not None:
+            return self.dialogue if learn else Prompt(self.dialogue.turns[:-1])
+        answer = self.answers[0] if learn else None
+        return Prompt.ask(self.question, self.images, order=order, answer=answer, looks=looks)
 
 
 class Task(ABC):
@@ -103,98 +116,40 @@ class Task(ABC):
             )
 
 
-class JsonlTask(Task):
-    """Examples from a file with one JSON object a line.
+class ShardedTask(Task):
+    """A task whose examples lie in shards, which can be read one after the other as a stream."""
 
-    Each line is `{"image": path relative to the file, "question": …, "answer": … or […],
-    "type": optional}`; `image` may be a list of paths.
-    """
+    @abstractmethod
+    def shards(self, split: str) -> Sequence[str]:
+        """Return the shards of a split, the same and in the same order everywhere.
 
-    splits = ("all",)
-    default_split = "all"
-    keys = ("image", "question", "answer", "type")
+        Raises:
+            DataError: there is no such split, or there are none.
+        """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    @abstractmethod
+    def read(self, shard: str, skip: int = 0) -> Iterator[Example]:
+        """Yield the examples of a shard in their order, without the first few.
 
-    def examples(self, split: str = "all") -> Sequence[Example]:
-        """Return the file's examples; every line is checked before the first is returned."""
-        self.check_split(split)
-        try:
-            # Editors on Windows begin a file with a byte order mark.
-            text = self.path.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            raise DataError(f"no such file: '{self.path}'. Give a task or a JSONL file.") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"'{self.path}' is not UTF-8 text ({error}).") from None
-        except OSError as error:
-            raise DataError(f"'{self.path}' cannot be read ({error.strerror}).") from None
-        examples = [
-            self._parse(number, line)
-            for number, line in enumerate(text.split("\n"), start=1)
-            if line.strip()
-        ]
-        if not examples:
-            raise DataError(f"'{self.path}' holds no examples.")
-        return examples
+        Their pictures can be sent to other processes.
 
-    def _parse(self, number: int, line: str) -> Example:
-        def fail(why: str) -> DataError:
-            wanted = '{"image": "a.png", "question": "…", "answer": "…"}'
-            return DataError(f"'{self.path}' line {number}: {why}. Each line is like {wanted}.")
+        Raises:
+            DataError: something is malformed; the text names the shard, and the line or key.
+        """
 
-        try:
-            row: Any = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise fail(f"not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise fail(f"expected an object, got {type(row).__name__}")
-        for key in row:
-            if key not in self.keys:
-                raise fail(f"unknown key '{key}'{near(key, self.keys)}")
-        question = row.get("question")
-        if not isinstance(question, str) or not question.strip():
-            raise fail(f"'question' must be a non-empty text, got {question!r}")
-        answers = self._texts(row.get("answer"))
-        if not answers:
-            raise fail(f"'answer' must be a text or a list of texts, got {row.get('answer')!r}")
-        paths = self._texts(row.get("image"))
-        if not paths:
-            raise fail(f"'image' must be a path or a list of paths, got {row.get('image')!r}")
-        kind = row.get("type", "all")
-        if not isinstance(kind, str) or not kind:
-            raise fail(f"'type' must be a text, got {kind!r}")
-        pictures = tuple(self._picture(path, number, fail) for path in paths)
-        return Example(question, answers, pictures, kind)
-
-    @staticmethod
-    def _texts(value: Any) -> tuple[str, ...]:
-        values = value if isinstance(value, list) else [value]
-        return tuple(values) if all(isinstance(v, str) and v.strip() for v in values) else ()
-
-    def _picture(self, name: str, number: int, fail: Callable[[str], DataError]) -> Picture:
-        path = self.path.parent / name
-        if not os.path.isfile(path):
-            raise fail(f"no such image: '{path}'")
-
-        def load() -> Image.Image:
-            # Decoding a large file's pictures beforehand would take as long as answering.
-            try:
-                return load_image(path)
-            except ImageError as error:
-                raise DataError(f"'{self.path}' line {number}: {error}") from error
-
-        return Picture(str(path), load)
+    def examples(self, split: str) -> Sequence[Example]:
+        """Return all examples of all shards; each is checked before the first is returned."""
+        return [example for shard in self.shards(split) for example in self.read(shard)]
 
 
 def open_task(
     name: str, options: Mapping[str, Any] | None = None, registry: Registry | None = None
 ) -> Task:
-    """Return a registered task, or one that reads a JSONL file.
+    """Return a registered task, or one that reads a file.
 
     Args:
         name: a name that `ipn plugins` lists, or a path; a name wins.
-        options: of the task's class; a file takes none.
+        options: of the task's class; of a file, `FileTask` or `TarTask`.
         registry: where names are looked up, by default everything installed.
 
     Raises:
@@ -213,28 +168,30 @@ def open_task(
             return target
         return _build(known[name], target, options or {})
     # `os.path` instead of `Path`: a text too long for a file's name is no file, and no failure.
-    if name.endswith(".jsonl") or os.path.isfile(name):
-        if options:
-            raise ConfigError(f"'{name}' is a file and takes no options, got {dict(options)}.")
-        return JsonlTask(name)
+    if name.endswith((".jsonl", ".json", ".tar")) or os.path.isfile(name):
+        kind = _file_kind(name)
+        return kind(name, **_checked(f"the file '{name}'", partial(kind, name), options or {}))
     raise UnknownNameError(
         f"unknown task '{name}': installed are {', '.join(sorted(known)) or 'none'}"
-        f"{near(name, known)}. Name one of them or a FILE.jsonl. See 'ipn plugins'."
+        f"{near(name, known)}. Name one of them or a FILE.jsonl, .json or .tar. See 'ipn plugins'."
     )
+
+
+def _file_kind(name: str) -> Callable[..., Task]:
+    if name.endswith(".tar"):
+        from ipn_core.tar_task import TarTask
+
+        return TarTask
+    from ipn_core.file_task import FileTask
+
+    return FileTask
 
 
 def _build(component: Component, target: Callable[..., Task], options: Mapping[str, Any]) -> Task:
     """Build a task, its options checked against the names and types of its signature."""
     given = _checked(f"task '{component.name}'", target, options)
-    try:
+    with component.building():
         return target(**given)
-    except IPNError:
-        raise
-    except Exception as error:
-        raise PluginError(
-            f"task '{component.name}' of {component.plugin.label} cannot be built: "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 def _checked(what: str, target: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

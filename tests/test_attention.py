@@ -50,6 +50,10 @@ class TestSDPAMath(AttentionContract):
     name = "sdpa-math"
 
 
+class TestSDPAFlash(AttentionContract):
+    name = "sdpa-flash"
+
+
 def _dead_rows(B: int, M: int, N: int) -> Tensor:
     mask = torch.ones(B, 1, M, N, dtype=torch.bool)
     mask[0, :, M // 2] = False

@@ -19,6 +19,7 @@ class TestConstant(RequesterContract):
 
 class TestShuffled(RequesterContract):
     name = "shuffled"
+    borrows = True
 
 
 class TestTokenInjector(InjectorContract):

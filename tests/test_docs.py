@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from PIL import Image
 
 from ipn_core.plugins import Registry, add_plugin
 from ipn_core.stages import Dims
+from ipn_core.tasks import open_task
+from ipn_core.training.config import TrainConfig
+from ipn_core.training.stream import open_data
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,3 +53,42 @@ def test_the_observer_of_hooks_md_sees_the_message(
     monkeypatch.chdir(ROOT)
     run("hooks.md", "class Record")
     assert re.fullmatch(r"torch.Size\(\[1, \d+, \d+\]\)", capsys.readouterr().out.strip())
+
+
+def test_the_formats_of_data_md_are_read_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("dog.png", "cat.png"):
+        Image.new("RGB", (8, 8), "red" if name == "dog.png" else "blue").save(name)
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"^`([\w.]+)`:\n\n```json\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    for name, content in files.items():
+        Path(name).write_text(content, encoding="utf-8")
+    found = {name: open_task(name).examples("all") for name in files}
+    assert {name: len(examples) for name, examples in found.items()} == {
+        "questions.jsonl": 2,
+        "conversations.json": 2,
+        "documents.jsonl": 1,
+    }
+    learnt = [
+        [turn.text for turn in example.prompt(("images", "text"), learn=True).turns if turn.learn]
+        for examples in found.values()
+        for example in examples
+    ]
+    assert learnt == [
+        ["a dog"],
+        ["dog"],
+        ["A dog.", "No."],
+        ["A dog."],
+        ["The dog barks.", "The cat does not."],
+    ]
+    run("data.md", "TarWriter")
+    (config,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    given = yaml.safe_load(config)
+    stages = [{"name": "s", "train": ["inject"], "steps": 1}]
+    read = TrainConfig.parse({"model": {}, "stages": stages, **given}, "data.md")
+    sources = [open_data(entry, Registry(), read.workers) for entry in read.data]
+    window = next(sources[-1].windows("0", None))[1]
+    assert [e.answers for e in window.examples] == [("red",), ("blue",)]
+    assert len(sources[1].examples) == 2

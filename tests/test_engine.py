@@ -106,6 +106,17 @@ def test_no_token_is_processed_twice_and_the_answer_counts_them_all(
     assert len(seen) == 1 + looks + answer.tokens["generated"]
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_conversations_of_different_length_answer_as_each_alone(
+    registry: Any, family: str, rounds: int
+) -> None:
+    model = toy_model(registry, "toy-both", family, rounds=rounds)
+    prompts = [prompt_of(row, 1 + row % 2, turns=turns) for row, turns in enumerate((1, 3, 2, 1))]
+    answers = model.generate(prompts, max_new_tokens=4)
+    assert [a.ids for a in answers] == [two_pass.greedy(model, p, 4) for p in prompts]
+
+
 def test_seconds_of_the_stages_add_up_to_the_total(registry: Any) -> None:
     (answer,) = toy_model(registry).generate([prompt_of(0, 1)], max_new_tokens=4)
     seconds = dict(answer.seconds)

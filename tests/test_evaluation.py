@@ -14,8 +14,9 @@ from ipn_core import IPN, Example, Picture, hookimpl
 from ipn_core.errors import DataError, GenerationOptionError, UserError
 from ipn_core.evaluation.evaluate import evaluate
 from ipn_core.evaluation.pictures import PictureCache
-from ipn_core.evaluation.scoring import guess, matches, normalise, wilson
+from ipn_core.evaluation.scoring import guess, matches, normalise
 from ipn_core.evaluation.shuffled import draw_partners
+from ipn_core.evaluation.statistics import wilson
 from ipn_core.features import VisualFeatures
 from ipn_core.stages import PerceiveContext, Request, RequestContext
 from ipn_core.testing.checkpoints import register_tiny, tiny_config
@@ -92,25 +93,6 @@ def test_a_match_needs_the_whole_answer() -> None:
     assert not matches("the dog", ["dog"])
     assert not matches("!", ["?"])
     assert not matches("", ["two"])
-
-
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    [
-        # Newcombe (1998), table I: the score method without continuity correction.
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (20, 20, 0.8389, 1.0),
-    ],
-)
-def test_wilson_gives_the_published_intervals(right: int, n: int, low: float, high: float) -> None:
-    assert wilson(right, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_wilson_knows_nothing_without_questions() -> None:
-    assert wilson(0, 0) == (0.0, 1.0)
 
 
 def test_the_guess_is_the_answer_that_most_questions_accept() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ipn_core.errors import IPNError
-from ipn_core.files import atomic_folder, atomic_write, lock, sha256_of
+from ipn_core.files import atomic_folder, atomic_write, lock, remove_unfinished, sha256_of
 
 
 def names(folder: Path) -> list[str]:
@@ -107,6 +107,25 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert names(target) == ["a"]
     with pytest.raises(FileExistsError), atomic_folder(target):
         pass
+
+
+def test_what_a_killed_write_left_can_be_removed(tmp_path: Path) -> None:
+    script = f"""
+import os
+from pathlib import Path
+from ipn_core.files import atomic_write
+
+def die(to):
+    to.write_bytes(b"half")
+    os._exit(9)
+
+atomic_write(Path({str(tmp_path)!r}) / "state.safetensors", die)
+"""
+    (tmp_path / ".hidden.tmp").touch()
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert len(names(tmp_path)) == 2
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == [".hidden.tmp"]
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import Distribution, EntryPoint
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from installed import installed
 from toys import picture, toy_model
 
 from ipn_core import plugins
@@ -40,19 +41,6 @@ FAULTY = {
 }
 
 
-class Installed(Distribution):
-    """A distribution that lies nowhere."""
-
-    def __init__(self, name: str) -> None:
-        self.files_of = name
-
-    def read_text(self, filename: str) -> str | None:
-        return f"Metadata-Version: 2.1\nName: ipn-{self.files_of}\nVersion: 1.2\n"
-
-    def locate_file(self, path: Any) -> Any:
-        return Path(path)
-
-
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Install plugins by name and source; returns their entry points."""
@@ -64,9 +52,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             module = f"toy_plugin_{name}"
             (tmp_path / f"{module}.py").write_text(source.replace("{name}", name))
             monkeypatch.delitem(sys.modules, module, raising=False)
-            point = EntryPoint(name, module, "ipn")
-            vars(point)["dist"] = Installed(name)
-            points.append(point)
+            points.append(installed(name, module))
         monkeypatch.setattr(plugins, "entry_points", lambda group: points)
         return points
 
@@ -98,17 +84,27 @@ def test_a_plugin_that_registers_a_name_twice_itself_is_told_so(install: Any) ->
     assert fault.reason == "task 'b-task' is already taken by ipn-b 1.2"
 
 
-def test_only_the_named_plugins_are_loaded(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_named_plugins_are_loaded(install: Any) -> None:
     install({"a": GOOD, "raises": "1 / 0", "z": GOOD})
     assert list(discover("a, z").entries("task")) == ["a-task", "z-task"]
-    assert discover("a").faults == []
+    assert discover("a, z").faults == []
     assert discover("").entries("task") == {}
-    monkeypatch.setenv("IPN_PLUGINS", "z")
-    get_registry.cache_clear()
-    try:
-        assert list(get_registry().entries("task")) == ["z-task"]
-    finally:
-        get_registry.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("value", "loaded"), [("a,z", ["a", "z"]), (" z ,", ["z"]), ("", []), (None, ["a", "m", "z"])]
+)
+def test_ipn_plugins_names_those_that_are_loaded(
+    install: Any, monkeypatch: pytest.MonkeyPatch, value: str | None, loaded: list[str]
+) -> None:
+    install({"a": GOOD, "m": GOOD, "z": GOOD})
+    if value is not None:
+        monkeypatch.setenv("IPN_PLUGINS", value)
+    registry = get_registry.__wrapped__()  # what this process has found already stays as it is
+    assert [plugin.name for plugin in registry.plugins] == ["core", *loaded]
+    assert list(registry.entries("task")) == [f"{name}-task" for name in loaded]
+    imported = [name for name in ("a", "m", "z") if f"toy_plugin_{name}" in sys.modules]
+    assert imported == loaded
 
 
 def test_an_unknown_name_in_ipn_plugins_is_refused_with_the_near_one(install: Any) -> None:

@@ -10,9 +10,10 @@ import pytest
 from toys import picture
 
 from ipn_core.errors import ConfigError, DataError, PluginError, UnknownNameError
+from ipn_core.file_task import FileTask
 from ipn_core.hooks import hookimpl
 from ipn_core.plugins import Registry, add_plugin, get_registry
-from ipn_core.tasks import Example, JsonlTask, Task, open_task
+from ipn_core.tasks import Example, Task, open_task
 from ipn_core.training.config import DataConfig
 from ipn_core.training.data import Data
 
@@ -25,10 +26,10 @@ def write(tmp_path: Path) -> Any:
     for name in ("a.png", "b.png"):
         picture(ord(name[0])).save(tmp_path / name)
 
-    def lines(*rows: Any) -> JsonlTask:
+    def lines(*rows: Any) -> FileTask:
         text = "\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows)
         (tmp_path / "task.jsonl").write_text(text, encoding="utf-8")
-        return JsonlTask(tmp_path / "task.jsonl")
+        return FileTask(tmp_path / "task.jsonl")
 
     return lines
 
@@ -87,14 +88,14 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(write: Any, tmp_path: Pa
 
 def test_a_file_that_cannot_be_read_is_refused(write: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such file: '.*none.jsonl'. Give a task or a JSONL"):
-        JsonlTask(tmp_path / "none.jsonl").examples()
+        FileTask(tmp_path / "none.jsonl").examples()
     with pytest.raises(DataError, match="holds no examples"):
         write("", " ").examples()
     (tmp_path / "task.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="is not UTF-8 text"):
-        JsonlTask(tmp_path / "task.jsonl").examples()
+        FileTask(tmp_path / "task.jsonl").examples()
     with pytest.raises(DataError, match="cannot be read"):
-        JsonlTask(tmp_path).examples()
+        FileTask(tmp_path).examples()
 
 
 def test_an_unknown_split_is_refused_with_the_near_one() -> None:

@@ -18,12 +18,14 @@ from lessons import (
     stop_at,
     training,
     two_colours,
+    without_labels,
 )
 from safetensors.torch import load_file
 
-from ipn_core.errors import ConfigError, TrainingError, UnknownNameError, UserError
+from ipn_core.errors import CheckpointError, ConfigError, TrainingError, UnknownNameError, UserError
 from ipn_core.model import IPN
 from ipn_core.plugins import get_registry
+from ipn_core.tasks import open_task
 from ipn_core.testing.checkpoints import register_tiny
 from ipn_core.testing.tiny import tiny_backbone
 from ipn_core.training.config import StageConfig
@@ -41,6 +43,7 @@ def test_four_objectives_train_a_checkpoint_that_answers(llm: Path, tmp_path: Pa
     run = training(values, tmp_path / "run")
     target = run.run()
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "best",
         "loss.png",
         "metrics.jsonl",
         "model",
@@ -67,7 +70,9 @@ def test_four_objectives_train_a_checkpoint_that_answers(llm: Path, tmp_path: Pa
     assert answer.attention.shape == (2, 8)
 
 
-def test_a_config_file_overrides_and_a_jsonl_task(llm: Path, tmp_path: Path) -> None:
+def test_a_config_file_overrides_and_a_jsonl_task(
+    llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     register_tiny()
     rows = []
     for pair in (("red", "tan"), ("sky", "ink")):
@@ -76,13 +81,16 @@ def test_a_config_file_overrides_and_a_jsonl_task(llm: Path, tmp_path: Path) -> 
     (tmp_path / "some.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     values = lesson(llm, stage("align", "language"), data=[{"task": str(tmp_path / "some.jsonl")}])
     (tmp_path / "colours.yaml").write_text(json.dumps(values))
-    target = train(
-        tmp_path / "colours.yaml", ["stages.align.steps=3", "seed=4"], out=tmp_path / "out"
-    )
+    config = tmp_path / "colours.yaml"
+    target = train(config, ["stages.align.steps=3", "seed=4"], out=tmp_path / "out")
     assert target == tmp_path / "out" / "model"
     written = json.loads((tmp_path / "out" / "train.json").read_text())
     assert (written["stages"][0]["steps"], written["seed"]) == (3, 4)
     assert [e["step"] for e in metrics(tmp_path / "out")] == [1, 2, 3]
+    assert (
+        f"in several processes: accelerate launch -m ipn_core.training {config} "
+        f"stages.align.steps=3 seed=4 --out {tmp_path / 'out'}\n"
+    ) in capsys.readouterr().err
 
 
 def test_bf16_trains_float32_weights_and_saves_what_the_config_says(
@@ -106,6 +114,26 @@ def test_weights_to_start_from(llm: Path, tmp_path: Path) -> None:
     )
     for key, value in first.items():
         torch.testing.assert_close(second[key], value, rtol=0, atol=1e-9)
+
+
+def test_some_weights_begin_anew_all_the_same(llm: Path, tmp_path: Path) -> None:
+    training(lesson(llm, stage("s", "language")), tmp_path / "first").run()
+    head = stage("s", "language", train=["slots.dynamic"], steps=1)
+    source = str(tmp_path / "first" / "model")
+    values = lesson(llm, head, start_from=source)
+    values["model"]["layout"] = {"dynamic": 3, "look_again": 1}
+    with pytest.raises(CheckpointError, match="look_head"):
+        training(values, tmp_path / "second").run()
+    values["anew"] = ["interact.queries", "slots.dynamic", "look_head"]
+    training(values, tmp_path / "second").run()
+    first, second = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("first", "second")
+    )
+    new = {"interaction.queries", "slots.dynamic", "look_head.score.weight", "look_head.score.bias"}
+    kept = {k for k, v in first.items() if v.shape == second[k].shape and v.equal(second[k])}
+    assert second.keys() - kept == new
+    with pytest.raises(ConfigError, match=r"'interact\.query' names nothing"):
+        training({**values, "anew": ["interact.query"]}, tmp_path / "third").run()
 
 
 def test_accumulated_batches_give_the_gradient_of_one_large_batch(
@@ -183,10 +211,7 @@ def test_what_cannot_be_trained_is_refused(llm: Path, tmp_path: Path, prefix: st
 def test_no_label_left_to_learn_is_refused(
     llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_labels(self: IPN, prompts: Any, features: Any = None) -> tuple[torch.Tensor, int]:
-        return torch.zeros(()), 0
-
-    monkeypatch.setattr(IPN, "forward", without_labels)
+    without_labels(monkeypatch)
     with pytest.raises(TrainingError, match="stage 's': no label is left to learn from"):
         training(lesson(llm, stage("s", "language")), tmp_path / "run").run()
 
@@ -307,6 +332,34 @@ def test_request_image_needs_examples_that_name_things(llm: Path, tmp_path: Path
         training(values, tmp_path / "run").run()
 
 
+def looking(llm: Path, looks: int, again: int, **more: Any) -> dict[str, Any]:
+    """A training of the head that asks for a further look, and of nothing else."""
+    told = stage(
+        "decide", "look-again", **{"train": ["look_head"], "steps": 150, "lr": 0.1, **more}
+    )
+    values = lesson(llm, told, data=[{"task": "colours", "options": {"looks": looks}}])
+    values["model"]["layout"] = {"dynamic": 2, "look_again": again}
+    return values
+
+
+@pytest.mark.slow
+def test_the_head_learns_when_to_look_again(llm: Path, tmp_path: Path) -> None:
+    run = training(looking(llm, 1, 2), tmp_path / "run")
+    model = IPN.from_pretrained(run.run(), registry=run.registry)
+    for example in open_task("colours", registry=run.registry).examples("val"):
+        answer = model.ask(two_colours(example.shown), example.question, max_new_tokens=1)
+        assert answer.looked == ((0,) if example.type == "side" else ()), example.question
+
+
+def test_look_again_needs_a_layout_and_examples_that_look(llm: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"needs 'layout.look_again' of at least 1"):
+        training(looking(llm, 1, 0, train=["interact"]), tmp_path / "run").run()
+    with pytest.raises(ConfigError, match=r"how often to look again .* colours never say so"):
+        training(looking(llm, 0, 1), tmp_path / "run").run()
+    with pytest.raises(ConfigError, match="'look_head' names nothing that can be trained"):
+        training(looking(llm, 1, 0), tmp_path / "run").run()
+
+
 def test_a_batch_in_which_nothing_is_named_does_no_harm(llm: Path, tmp_path: Path) -> None:
     narrow = stage("s", "request-image", groups=1, per_group=1, steps=12)
     narrow["train"] = four_stages()[0]["train"]
@@ -344,6 +397,6 @@ def test_a_damaged_state_is_refused(llm: Path, tmp_path: Path) -> None:
         training(values, tmp_path / "run", resume=True)
 
 
-def test_the_four_objectives_are_registered() -> None:
-    names = {"request-image", "answer-embedding", "verbalise", "language"}
+def test_the_objectives_are_registered() -> None:
+    names = {"request-image", "answer-embedding", "verbalise", "language", "look-again"}
     assert names <= set(get_registry().entries("objective"))

@@ -21,6 +21,7 @@ from lessons import (
     training,
     two_colours,
     weights,
+    without_labels,
 )
 from rich.console import Console
 
@@ -170,7 +171,7 @@ def test_labels_and_gradients_of_the_first_batch_are_told(
     one = stage("s", JOINT, train=["interact", "inject", "slots.dynamic"], steps=1)
     run = training(lesson(llm, one), tmp_path / "run")
     run.run()
-    batch, model = runs[0]._batch(0), runs[0].model
+    batch, model = runs[0]._batches()[0], runs[0].model
     plans = [model.planner.plan(prompt) for prompt in batch.prompts(model)]
     learned = [p for plan in plans for p in plan.pieces if isinstance(p, Tokens) and p.learn]
     tokens = sum(len(piece.ids) for piece in learned)
@@ -194,10 +195,7 @@ def test_pairs_are_counted_where_questions_name_things(llm: Path, tmp_path: Path
 def test_a_loss_without_labels_is_refused_beside_one_that_has_some(
     llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_labels(self: IPN, prompts: Any, features: Any = None) -> tuple[torch.Tensor, int]:
-        return torch.zeros(()), 0
-
-    monkeypatch.setattr(IPN, "forward", without_labels)
+    without_labels(monkeypatch)
     values = lesson(llm, stage("s", JOINT, train=["interact"]))
     with pytest.raises(TrainingError) as raised:
         training(values, tmp_path / "run").run()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from kills import run_killed
 from lessons import four_stages, lesson, metrics, stage, stop_at, training, weights
 from safetensors.torch import load_file
 
@@ -48,7 +47,10 @@ def going(llm: Path) -> dict[str, Any]:
     return lesson(llm, *STAGES, validate_on=[{"task": "colours", "split": "val", "limit": 4}])
 
 
-@pytest.mark.parametrize("step", [1, 2, 4, 6, 8, 20])
+SLOWER = [pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 6, 8, 20)]
+
+
+@pytest.mark.parametrize("step", [2, *SLOWER])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     llm: Path, tmp_path: Path, unbroken: Path, step: int
 ) -> None:
@@ -61,6 +63,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     assert metrics(tmp_path / "run") == metrics(unbroken)
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_after_its_last_step_saves_the_trained_weights(
     llm: Path, tmp_path: Path, unbroken: Path
 ) -> None:
@@ -73,6 +76,7 @@ def test_a_run_interrupted_after_its_last_step_saves_the_trained_weights(
     assert weights(tmp_path / "run") == weights(unbroken)
 
 
+@pytest.mark.slow
 def test_a_trained_request_slot_is_back_before_requests_are_read(llm: Path, tmp_path: Path) -> None:
     first = stage("first", "language", train=["interact", "inject", "slots.request"], lr=1e-2)
     values = lesson(llm, first, stage("second", "answer-embedding", train=["interact"]))
@@ -84,41 +88,30 @@ def test_a_trained_request_slot_is_back_before_requests_are_read(llm: Path, tmp_
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights(llm: Path, tmp_path: Path, unbroken: Path) -> None:
     training({**going(llm), "seed": 1}, tmp_path / "run").run()
     assert weights(tmp_path / "run") != weights(unbroken)
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights(
-    llm: Path, tmp_path: Path, unbroken: Path
+def test_a_run_killed_at_twenty_moments_goes_on_to_the_same_weights(
+    llm: Path, tmp_path: Path
 ) -> None:
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(going(llm)))
-    command = [sys.executable, str(SCRIPT), str(config), str(tmp_path / "run")]
-    rng = random.Random(0)
-    kills, span = 0, 20.0
-    while True:
-        process = subprocess.Popen(command, stderr=subprocess.PIPE)
-        started = time.monotonic()
-        try:
-            # Anything may take longer at first; later, most processes get to train for a while.
-            process.wait(timeout=rng.uniform(0.3, 1.0) * span)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-            continue
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors.decode()
-        if kills >= 5:
-            break
-        # Too quick to be caught: start over, and strike earlier.
-        span = max(0.8 * (time.monotonic() - started), 1.0)
-        for path in (tmp_path / "run").glob("*.*"):
-            path.unlink()
-    assert weights(tmp_path / "run") == weights(unbroken)
-    assert metrics(tmp_path / "run") == metrics(unbroken)
+    values = {**lesson(llm, *[{**s, "steps": 10} for s in four_stages()]), "save_every": 1}
+    training(values, tmp_path / "unbroken").run()
+    config, run = tmp_path / "config.json", tmp_path / "run"
+    config.write_text(json.dumps(values))
+    state = run / "state.safetensors"
+    run_killed(
+        [sys.executable, str(SCRIPT), str(config), str(run)],
+        lambda: state.stat().st_mtime_ns if state.exists() else 0,
+        kills=20,
+    )
+    assert weights(run) == weights(tmp_path / "unbroken")
+    assert metrics(run) == metrics(tmp_path / "unbroken")
+    kept = {path.name for path in run.rglob("*")}
+    assert kept == {path.name for path in (tmp_path / "unbroken").rglob("*")}
 
 
 @pytest.mark.slow

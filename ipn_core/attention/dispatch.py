@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ipn_core.attention.backend import AttentionBackend
 from ipn_core.attention.inputs import AttentionInputs
-from ipn_core.errors import AttentionUnavailableError, PluginError
+from ipn_core.errors import AttentionUnavailableError, IPNError, PluginError, StageError
 from ipn_core.plugins import Component, get_registry
 
 __all__ = ["AUTO", "attend", "available_backends", "backend_reasons", "get_backend"]
@@ -103,6 +103,7 @@ def attend(
         AttentionUnavailableError: the named backend, or with "auto" every one, refuses these
             inputs; the text lists the reasons.
         ShapeError: shapes, dtypes or devices do not fit each other.
+        StageError: the backend failed; the text names its plugin.
     """
     device = q.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -115,8 +116,8 @@ def attend(
         return _nothing(inputs)
     if autocast:
         with torch.autocast(device, enabled=False):
-            return chosen.forward(inputs)
-    return chosen.forward(inputs)
+            return _run(chosen, inputs)
+    return _run(chosen, inputs)
 
 
 def get_backend(name: str) -> AttentionBackend:
@@ -132,13 +133,8 @@ def get_backend(name: str) -> AttentionBackend:
         return made[1]
     component = get_registry().get("attention", name)
     target: Any = component.load()
-    try:
+    with component.building():
         backend = target()
-    except Exception as error:
-        raise PluginError(
-            f"attention '{name}' of {component.plugin.label} cannot be made: "
-            f"{type(error).__name__}: {error}"
-        ) from error
     if not isinstance(backend, AttentionBackend):
         raise PluginError(
             f"attention '{name}' of {component.plugin.label} must be a subclass of "
@@ -214,6 +210,20 @@ def _named(name: str, inputs: AttentionInputs) -> AttentionBackend:
             f"{', '.join(reasons)}. Choose another one or 'auto'; see 'ipn doctor'."
         )
     return backend
+
+
+def _run(backend: AttentionBackend, inputs: AttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
+    try:
+        return backend.forward(inputs)
+    except IPNError:
+        raise
+    except Exception as error:
+        # Whoever attends, such as an interaction, is not to be blamed for it.
+        plugin = get_registry().get("attention", backend.name).plugin
+        raise StageError(
+            f"attention '{backend.name}' of plugin {plugin.label} failed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _nothing(inputs: AttentionInputs) -> Tensor | tuple[Tensor, Tensor]:

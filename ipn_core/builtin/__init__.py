@@ -33,6 +33,8 @@ def register(registry: Registrar) -> None:
     registry.injector("tokens", "ipn_core.builtin.injectors:TokenInjector")
     objectives = "ipn_core.training.objectives"
     registry.objective("answer-embedding", f"{objectives}:AnswerEmbedding")
+    registry.objective("image-text", "ipn_core.training.image_text:ImageText")
     registry.objective("language", f"{objectives}:Language")
+    registry.objective("look-again", f"{objectives}:LookAgain")
     registry.objective("request-image", f"{objectives}:RequestImage")
     registry.objective("verbalise", f"{objectives}:Verbalise")

@@ -34,7 +34,7 @@ class CrossLayersConfig(Config):
 class CrossLayers(LayerInjector):
     """`h + tanh(α)·attend(h, messages)`, then `h + tanh(β)·mlp(h)`, for tokens after a look.
 
-    The gated cross-attention of Flamingo (arXiv 2204.14198, section 3.1.2): the gates α and β start
+    The gated cross-attention of Flamingo (arXiv 2204.14198, section 2.2): the gates α and β start
     at zero, so that the LLM is unchanged at first. Flamingo's keys and values are a picture's, here
     they are the message tokens of all looks so far; and here a token before its first look is left
     as it is, by the MLP too, so that a request depends on the question alone.

@@ -63,6 +63,11 @@ class Constant(HiddenState):
         super().__init__(config, dims)
         self.value = nn.Parameter(torch.randn(dims.R, self.width) * 0.02)
 
+    @property
+    def asks(self) -> bool:
+        """It cannot."""
+        return False
+
     def forward(self, context: RequestContext) -> Request:
         """Return the same (R, D) for every sample."""
         batch = context.hidden.shape[0]

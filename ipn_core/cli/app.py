@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from ipn_core.cli import ask, chat, doctor, eval, models, new, plugins, train
+from ipn_core.cli import ask, chat, compare, doctor, eval, models, new, plugins, push, train
 from ipn_core.cli.options import DEBUGGING, Debug
 
 __all__ = ["app", "main"]
@@ -48,6 +48,8 @@ app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("eval")(eval.evaluate)
 app.command("train")(train.train)
+app.command("compare")(compare.compare)
+app.command("push")(push.push)
 app.command("new")(new.new)
 app.command("plugins")(plugins.plugins)
 app.add_typer(models.app, name="models")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,9 +10,21 @@ import typer
 from ipn_core.cli.options import DEFAULT_MODEL, Debug, Interact, Json, Model, Untrained
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ipn_core.evaluation.against import Against, Pairs
     from ipn_core.evaluation.evaluate import Report
+    from ipn_core.model import IPN
+    from ipn_core.tasks import Example
 
 __all__ = ["evaluate"]
+
+INTERVAL = "95 % interval"
+SMALLEST_P = 1e-4
+"""Smaller ones are shown as below it."""
+FEW_PICTURES = 20
+"""Of fewer, an interval from resampling them is too narrow too often to be trusted."""
 
 
 def evaluate(
@@ -29,65 +42,147 @@ def evaluate(
         bool,
         typer.Option("--shuffled", help="The control: every question asks what another one would."),
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of the partners of --shuffled.")] = 0,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="NAME|PATH",
+            help="Another model that answers the same questions, for a paired test.",
+        ),
+    ] = None,
+    against_interact: Annotated[
+        str | None,
+        typer.Option(
+            "--against-interact",
+            metavar="NAME",
+            help="The interaction of that model; without --against, another one of this model.",
+        ),
+    ] = None,
+    predictions: Annotated[
+        str | None,
+        typer.Option("--predictions", metavar="FILE.jsonl", help="Write every answer to a file."),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", min=0, help="Of the partners of --shuffled, and of resampling."),
+    ] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions at once.")] = 16,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Score a model; matching ignores case and surrounding punctuation."""
-    from ipn_core.cli.loading import load_model
-    from ipn_core.cli.terminal import Bar, print_json, quiet
+    from ipn_core.cli.loading import check_file, load_model
+    from ipn_core.cli.terminal import note, print_json, quiet
+    from ipn_core.errors import UserError
     from ipn_core.tasks import open_task
 
+    paired = against is not None or against_interact is not None
+    if paired and shuffled:
+        raise UserError(
+            "--shuffled goes with no --against: a control is scored by itself. Leave one of them "
+            "out."
+        )
     with quiet():
         source = open_task(task)
         chosen = split if split is not None else source.default_split
         source.check_split(chosen)
+        if predictions is not None:
+            check_file("--predictions", predictions, "a JSONL file", task, "the file of questions")
         pool = source.examples(chosen)
         loaded = load_model(model, interact, untrained)
-        from ipn_core.evaluation.evaluate import evaluate as run
+        # Before the first question: that the other one cannot be loaded should not come out late.
+        other = load_model(against or model, against_interact, untrained) if paired else None
+        asked = pool[:limit]
+        options = {"task": task, "split": chosen, "batch_size": batch_size, "seed": seed}
+        report = _answer(loaded, asked, shuffled=shuffled, pool=pool, **options)
+        theirs = _answer(other, asked, **options) if other else None
+        compared = _compare(report, theirs, other, seed) if theirs and other else None
+        if predictions is not None:
+            from ipn_core.evaluation.predictions import verdicts_of, write_verdicts
 
-        with Bar(f"{task} ({chosen})") as bar:
-            report = run(
-                loaded,
-                pool[:limit],
-                task=task,
-                split=chosen,
-                batch_size=batch_size,
-                seed=seed,
-                shuffled=shuffled,
-                pool=pool,
-                progress=bar.steps,
-            )
+            lines = verdicts_of(report.predictions, theirs.predictions if theirs else None)
+            write_verdicts(predictions, lines)
     if json:
-        print_json(report.to_json())
+        print_json({**report.to_json(), **({"against": compared.to_json()} if compared else {})})
     else:
-        _print_table(report, loaded.name, loaded.strategy)
+        _print_report(report, f"{loaded.name} with {loaded.strategy}", compared)
+    if predictions is not None:
+        note(f"every answer: {predictions}")
 
 
-def _print_table(report: Report, model: str, interact: str) -> None:
+def _answer(model: IPN, asked: Sequence[Example], **options: Any) -> Report:
+    from ipn_core.cli.terminal import Bar
+    from ipn_core.evaluation.evaluate import evaluate as run
+
+    with Bar(f"{options['task']} ({options['split']}), {model.strategy}") as bar:
+        return run(model, asked, progress=bar.steps, **options)
+
+
+def _compare(ours: Report, theirs: Report, other: IPN, seed: int) -> Against:
+    from ipn_core.evaluation.against import compare_reports
+
+    return compare_reports(ours, theirs, model=other.name, interact=other.strategy, seed=seed)
+
+
+def _print_report(report: Report, model: str, against: Against | None) -> None:
     from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    title, columns = f"{report.task} ({report.split}), {model}", ["n", "right", INTERVAL]
+    scores: list[Any] = [*report.by_type.values(), report]
+    rows = [[f"{score.n:,}", *_share(score)] for score in scores]
+    if report.shuffled and report.guess:
+        title, columns = f"{title}, requests shuffled", [*columns, "guessing"]
+        for row, guess in zip(rows, [*report.guess_by_type.values(), report.guess], strict=True):
+            row.append(f"{guess.accuracy:.1%}")
+    if against:
+        title = f"{title}, against {against.model} with {against.interact}"
+        columns = [*columns, "other", INTERVAL]
+        for row, pairs in zip(rows, [*against.by_type.values(), against.whole], strict=True):
+            row += _share(pairs.theirs)
+    console.print(_table(title, columns, list(report.by_type), rows))
+    if against:
+        _print_difference(console, against)
+    seconds = report.seconds + (against.seconds if against else 0.0)
+    rate = report.n * (2 if against else 1) / seconds if seconds else 0.0
+    console.print(f"{seconds:.1f} s, {rate:.1f} questions a second")
+
+
+def _print_difference(console: Console, against: Against) -> None:
+    columns = ["difference", INTERVAL, "only first", "only other", "p"]
+    rows = [_difference(pairs) for pairs in (*against.by_type.values(), against.whole)]
+    console.print(_table("first minus other, in points", columns, list(against.by_type), rows))
+    count = against.whole.clusters
+    what = f"{count:,} pictures" if count > 1 else "the questions about one picture"
+    doubt = ", too few to trust it" if count < FEW_PICTURES else ""
+    console.print(f"interval: from resampling {what}{doubt}")
+    console.print("p: McNemar's exact test, which takes questions as independent")
+
+
+def _table(
+    title: str, columns: Sequence[str], types: Sequence[str], rows: Sequence[Sequence[str]]
+) -> Table:
+    """Return a table with a row for each type of question, and one for all, which comes last."""
     from rich.table import Table
 
-    title = f"{report.task} ({report.split}), {model} with {interact}"
-    if report.shuffled:
-        title += ", requests shuffled"
     table = Table(title=title, title_justify="left")
     table.add_column("type")
-    for column in ("n", "right", "95 % interval", *(["guessing"] if report.shuffled else [])):
+    for column in columns:
         table.add_column(column, justify="right")
-    for name, score in report.by_type.items():
-        guessed = report.guess_by_type.get(name)
-        table.add_row(*_row(name, score, guessed.accuracy if guessed else None))
+    for name, cells in zip(types, rows, strict=False):
+        table.add_row(name, *cells)
     table.add_section()
-    table.add_row(*_row("all", report, report.guess.accuracy if report.guess else None))
-    console = Console(markup=False, highlight=False)
-    console.print(table)
-    rate = report.n / report.seconds if report.seconds else 0.0
-    console.print(f"{report.seconds:.1f} s, {rate:.1f} questions a second")
+    table.add_row("all", *rows[-1])
+    return table
 
 
-def _row(name: str, score: Any, guessed: float | None) -> list[str]:
+def _share(score: Any) -> list[str]:
     low, high = score.ci95
-    cells = [name, f"{score.n:,}", f"{score.accuracy:.1%}", f"{low:.1%} to {high:.1%}"]
-    return cells if guessed is None else [*cells, f"{guessed:.1%}"]
+    return [f"{score.accuracy:.1%}", f"{low:.1%} to {high:.1%}"]
+
+
+def _difference(pairs: Pairs) -> list[str]:
+    found = pairs.difference
+    mean, low, high = (f"{100 * x:+.1f}" for x in (found.mean, found.low, found.high))
+    p = f"{pairs.p:.4f}" if pairs.p >= SMALLEST_P else f"< {SMALLEST_P:.4f}"
+    return [mean, f"{low} to {high}", f"{pairs.only_ours:,}", f"{pairs.only_theirs:,}", p]

@@ -13,7 +13,7 @@ from ipn_core.errors import UserError
 if TYPE_CHECKING:
     from ipn_core.model import IPN
 
-__all__ = ["check_folder", "check_png", "check_question", "load_model", "pull"]
+__all__ = ["check_file", "check_folder", "check_png", "check_question", "load_model", "pull"]
 
 
 def check_question(question: str) -> None:
@@ -29,28 +29,48 @@ def check_question(question: str) -> None:
         ) from None
 
 
-def check_png(path: str, *inputs: str) -> None:
-    """Refuse a heatmap's path that cannot be written, or that would overwrite an input.
+def check_png(path: str, image: str) -> None:
+    """Refuse a heatmap's path that is no PNG's name, or that `check_file` refuses.
 
     Raises:
-        UserError: it is no PNG's name, or a folder, or its folder is missing or read-only.
+        UserError: it is one of these.
     """
-    folder = os.path.dirname(os.path.abspath(path))
     if not path.lower().endswith(".png"):
-        why = "does not end in .png. A heatmap is written as PNG"
-    elif _too_long(path):
+        raise UserError(f"--heatmap '{path}' does not end in .png. A heatmap is written as PNG.")
+    check_file("--heatmap", path, "a PNG file", image, "the picture itself")
+
+
+def check_file(option: str, path: str, kind: str, source: str, what: str) -> None:
+    """Refuse a file that `atomic_write` could not write, or that would overwrite what is read.
+
+    Args:
+        option: what the user gave it with.
+        path: of the file.
+        kind: what is written, such as "a PNG file".
+        source: the file that is read; there may be none of this name.
+        what: says what the source is.
+
+    Raises:
+        UserError: it is the source, a folder or no ordinary file, or it or its folder is missing
+            or read-only, or its name is too long.
+    """
+    folder = os.path.dirname(os.path.realpath(path))
+    there = os.path.exists(path)
+    if _too_long(path):
         why = "is longer than a file's name can be. Choose a shorter one"
     elif os.path.isdir(path):
-        why = "is a folder. Give the name of a PNG file in it"
+        why = f"is a folder. Give the name of {kind} in it"
     elif not os.path.isdir(folder):
         why = f"cannot be written: there is no folder '{folder}'. Make it first"
-    elif not os.access(path if os.path.exists(path) else folder, os.W_OK):
+    elif there and not os.path.isfile(path):
+        why = "is no ordinary file. Choose another name"
+    elif not all(os.access(p, os.W_OK) for p in (folder, *([path] if there else []))):
         why = "may not be written. Choose another place"
-    elif any(os.path.exists(path) and os.path.samefile(path, i) for i in inputs):
-        why = "is the picture itself. Choose another name"
+    elif there and os.path.exists(source) and os.path.samefile(path, source):
+        why = f"is {what}. Choose another name"
     else:
         return
-    raise UserError(f"--heatmap '{path}' {why}.")
+    raise UserError(f"{option} '{path}' {why}.")
 
 
 def check_folder(option: str, path: Path) -> None:

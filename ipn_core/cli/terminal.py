@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ipn_core.cli.options import DEBUGGING
+from ipn_core.progress import NOTE_EVERY_S
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -26,8 +27,6 @@ _QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-NOTE_EVERY_S = 10.0
-"""How often progress is written where stderr is no terminal."""
 
 
 @contextlib.contextmanager

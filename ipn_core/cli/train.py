@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -36,4 +37,5 @@ def train(
         from ipn_core.training.run import train as run
 
         folder = run(config, overrides or [], resume=resume, out=out)
-    print(folder)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher started
+        print(folder)

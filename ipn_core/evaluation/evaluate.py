@@ -23,7 +23,6 @@ from ipn_core.evaluation.shuffled import (
 )
 from ipn_core.generate import decode
 from ipn_core.generation import repeats_of
-from ipn_core.prompt import Prompt
 from ipn_core.stages import Connector
 
 if TYPE_CHECKING:
@@ -172,6 +171,16 @@ def evaluate(
             f"strategy '{model.strategy}' of model '{model.name}' makes no requests, so there are "
             "none to shuffle. Evaluate it without --shuffled."
         )
+    if shuffled and model.look_head is not None:
+        raise UserError(
+            f"model '{model.name}' decides for itself how often it looks (layout.look_again), so "
+            "that another question's requests do not fit its looks. Evaluate it without --shuffled."
+        )
+    if shuffled and any(e.dialogue is not None for e in (*examples, *(pool or ()))):
+        raise UserError(
+            "some examples are dialogues, which ask more than once, so that another example's "
+            "requests do not fit theirs. Evaluate them without --shuffled."
+        )
     options = {"max_new_tokens": _tokens_needed(model, examples), **generate}
     run = _Run(model, examples, batch_size, options)
     if shuffled:
@@ -267,8 +276,7 @@ class _Run:
         return [answer.text for answer in answers]
 
     def _plan(self, example: Example) -> Plan:
-        order = self.model.config.layout.order
-        return self.model.planner.plan(Prompt.ask(example.question, example.images, order=order))
+        return self.model.planner.plan(example.prompt(self.model.config.layout.order))
 
     def _batches(self, indices: Sequence[int], examples: Sequence[Example]) -> Iterator[list[int]]:
         """Yield batches of indices: windows whose pictures fit into memory, sorted inside."""

@@ -1,17 +1,15 @@
-"""Scoring: when an answer counts as right, and how far a share of right ones can be trusted."""
+"""Scoring: when an answer counts as right, and how many do."""
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Guess", "Score", "guess", "matches", "normalise", "wilson"]
+from ipn_core.evaluation.statistics import wilson
 
-Z95 = 1.959963984540054
-"""The 97.5 % quantile of the normal distribution."""
+__all__ = ["Guess", "Score", "guess", "matches", "normalise"]
 
 
 def normalise(text: str) -> str:
@@ -40,21 +38,6 @@ def matches(text: str, answers: Iterable[str]) -> bool:
     """Whether `text` is one of the accepted answers, by `normalise`."""
     given = normalise(text)
     return any(given == normalise(answer) for answer in answers)
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """Return the Wilson 95 % interval of a share, [0, 1] for n = 0.
-
-    `(p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)` with p = right/n (Wilson, 1927).
-    """
-    if n == 0:
-        return 0.0, 1.0
-    share, zz = right / n, Z95 * Z95
-    centre = share + zz / (2 * n)
-    spread = Z95 * math.sqrt(share * (1 - share) / n + zz / (4 * n * n))
-    low, high = ((centre + sign * spread) / (1 + zz / n) for sign in (-1, 1))
-    # Exact at the ends, where rounding would leave 1e-17.
-    return (0.0 if right == 0 else low), (1.0 if right == n else high)
 
 
 @dataclass(frozen=True, slots=True)

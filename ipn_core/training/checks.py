@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ipn_core.errors import ConfigError, TrainingError
-from ipn_core.training.data import Data, Sampler
+from ipn_core.training.data import DataSource
+from ipn_core.training.guards import check_template
 from ipn_core.training.objectives import build_objectives
+from ipn_core.training.parameters import groups, trainable
+from ipn_core.training.processes import gathered
+from ipn_core.training.sampler import Sampler
 
 if TYPE_CHECKING:
     from ipn_core.model import IPN
@@ -23,18 +28,19 @@ __all__ = [
     "awake",
     "check_gradients",
     "check_stages",
-    "choose",
     "finite_gradients",
     "first_bad",
-    "trainable",
 ]
 
-_PARTS = {"request": "requester", "interact": "interaction", "inject": "injector"}
 _TEXT = "The quick brown fox jumps over the lazy dog. 0123456789"
 
 
 def check_stages(
-    stages: Iterable[StageConfig], model: IPN, data: Sequence[Data], registry: Registry, seed: int
+    stages: Iterable[StageConfig],
+    model: IPN,
+    data: Sequence[DataSource],
+    registry: Registry,
+    seed: int,
 ) -> None:
     """Check what all stages ask of a model and its data; nothing is changed.
 
@@ -53,76 +59,15 @@ def check_stages(
     with torch.random.fork_rng():
         for stage in stages:
             try:
-                trainable(model, stage.train)
+                groups(trainable(model, stage.train, stage.freeze), stage)
                 Sampler(data, stage, seed)
-                build_objectives(stage, model, data, registry)
+                built = build_objectives(stage, model, data, registry)
+                if any(objective.through_llm for objective, _ in built):
+                    check_template(model)
             except ConfigError as error:
                 faults.append(f"stage '{stage.name}': {error}")
     if faults:
         raise ConfigError(" ".join(faults))
-
-
-def choose(model: IPN, prefixes: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Make exactly the named parameters of a model trainable, and return them by name.
-
-    Raises:
-        ConfigError: see `trainable`.
-    """
-    chosen = trainable(model, prefixes)
-    model.requires_grad_(False)
-    for parameter in chosen.values():
-        parameter.requires_grad_(True)
-    return chosen
-
-
-def trainable(model: IPN, prefixes: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Return the named parameters of a model by their full names.
-
-    Args:
-        model: whose stages and slots.
-        prefixes: starts of names as configs write them: stages by their hook.
-
-    Raises:
-        ConfigError: a prefix names nothing that the model uses, or the backbone.
-    """
-    unused = _unused_slots(model)
-    # The vision encoder stays frozen, and so does what stages borrow.
-    frozen = {id(p) for part in (model.encoder, *model.borrowed) for p in part.parameters()}
-    chosen: dict[str, nn.Parameter] = {}
-    for prefix in prefixes:
-        inner = _inner(prefix)
-        found = {
-            name: p
-            for name, p in model.named_parameters()
-            if (name == inner or name.startswith(inner + "."))
-            and name not in unused
-            and id(p) not in frozen
-        }
-        if not found or inner.startswith("backbone"):
-            slots = ("slots.image", "slots.request", "slots.dynamic")
-            stages = ["perceive", *_PARTS, *(slot for slot in slots if slot not in unused)]
-            raise ConfigError(
-                f"'train': '{prefix}' names nothing that can be trained in this model. Start with "
-                f"one of {', '.join(stages)}."
-            )
-        chosen |= found
-    return chosen
-
-
-def _unused_slots(model: IPN) -> set[str]:
-    """Name the slots that no prompt of this model holds."""
-    unused = {
-        "slots.image": model.perceiver.static_tokens == 0,
-        "slots.request": model.requester is None,
-        "slots.dynamic": model.injector is None or not model.injector.fills,
-    }
-    return {slot for slot, idle in unused.items() if idle}
-
-
-def _inner(prefix: str) -> str:
-    head, _, rest = prefix.partition(".")
-    head = _PARTS.get(head, "perceiver" if head == "perceive" else head)
-    return f"{head}.{rest}" if rest else head
 
 
 @contextmanager
@@ -132,7 +77,7 @@ def awake(trained: dict[str, nn.Parameter]) -> Iterator[None]:
     A gate that starts at zero keeps every gradient from what stands behind it until the first step
     has moved it; that is no fault.
     """
-    asleep = [(p, p.detach().clone()) for p in trained.values() if not bool(p.any())]
+    asleep = [(p, p.detach().clone()) for p in trained.values() if not _any(p)]
     try:
         for parameter, _ in asleep:
             nn.init.normal_(parameter, std=0.02)
@@ -153,9 +98,9 @@ def check_gradients(model: IPN, trained: dict[str, nn.Parameter]) -> None:
     for name, parameter in trained.items():
         if parameter.grad is None:
             faults.append(f"{name} gets no gradient")
-        elif not bool(torch.isfinite(parameter.grad).all()):
+        elif not _finite(parameter.grad):
             faults.append(f"the gradient of {name} is not finite")
-        elif not bool(parameter.grad.any()):
+        elif not _any(parameter.grad):
             faults.append(f"the gradient of {name} is zero")
     for name, parameter in model.named_parameters():
         if name not in trained and parameter.grad is not None:
@@ -170,25 +115,47 @@ def check_gradients(model: IPN, trained: dict[str, nn.Parameter]) -> None:
 
 def finite_gradients(trained: dict[str, nn.Parameter]) -> bool:
     """Whether no gradient holds an infinity or NaN."""
-    return all(bool(torch.isfinite(p.grad).all()) for p in trained.values() if p.grad is not None)
+    return all(_finite(p.grad) for p in trained.values() if p.grad is not None)
 
 
-def first_bad(trained: dict[str, nn.Parameter], losses: dict[str, Tensor]) -> str | None:
-    """Name the first weight, loss or gradient that is not finite: causes before their effects."""
+def first_bad(
+    trained: dict[str, nn.Parameter],
+    losses: Mapping[str, float],
+    within: Callable[[], str | None] | None = None,
+) -> str | None:
+    """Name the first weight, loss or gradient that is not finite: causes before their effects.
+
+    Args:
+        trained: weights with their gradients, by name.
+        losses: by name.
+        within: names the first tensor on the way to the losses, asked only if one is not finite.
+    """
     for name, parameter in trained.items():
-        if not bool(torch.isfinite(parameter).all()):
+        if not _finite(parameter):
             return f"the weight {name}"
     for name, loss in losses.items():
-        if not bool(torch.isfinite(loss)):
-            return f"the loss '{name}'"
+        if not math.isfinite(loss):
+            cause = within() if within else None
+            return f"{cause}, and so the loss '{name}'," if cause else f"the loss '{name}'"
     for name, parameter in trained.items():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+        if parameter.grad is not None and not _finite(parameter.grad):
             return f"the gradient of {name}"
     return None
 
 
+def _any(tensor: Tensor) -> bool:
+    return bool(gathered(tensor.detach()).any())
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(gathered(tensor.detach())).all())
+
+
 class FrozenBackbone:
-    """Remembers what the backbone says to a text, to show later that nothing changed."""
+    """Remembers what the backbone says to a text, to show later that nothing changed.
+
+    An adapter is switched off for that: what the config names must stay as it is.
+    """
 
     def __init__(self, model: IPN) -> None:
         self.model = model
@@ -198,12 +165,21 @@ class FrozenBackbone:
     def _logits(self) -> Tensor:
         backbone = self.model.backbone
         ids = torch.tensor([backbone.tokenizer(_TEXT)["input_ids"]], device=backbone.device)
-        logits: Tensor = backbone.lm(input_ids=ids).logits
+        lora = backbone.lora
+        with nullcontext() if lora is None else lora.switched_off():
+            logits: Tensor = backbone.lm(input_ids=ids).logits
         return logits
 
-    def check(self) -> None:
-        """Raise `TrainingError` unless the text-only logits are the same bit for bit."""
-        if any(p.grad is not None for p in self.model.backbone.parameters()):
+    def check(self) -> str:
+        """Compare, and return what was found, in words.
+
+        Raises:
+            TrainingError: the text-only logits are not the same bit for bit, or a frozen weight
+                has a gradient.
+        """
+        if any(p.grad is not None for p in self.model.backbone.base_parameters()):
             raise TrainingError("a gradient has reached the frozen backbone.")
         if not torch.equal(self.before, self._logits()):
             raise TrainingError("the frozen backbone has changed: its text-only logits differ.")
+        without = "" if self.model.backbone.lora is None else " without its adapter"
+        return f"the backbone is unchanged: its text-only logits{without} are equal bit for bit"

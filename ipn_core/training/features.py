@@ -2,98 +2,133 @@
 
 Keyed by the encoder's fingerprint and each picture's pixels, so that a changed file, another
 encoder or another size never meets a stale entry. A crop that an interaction looks at again is kept
-like a picture, by its picture's key and its edges. Two files that only grow: `values.bin`, bfloat16
-numbers, and `index.jsonl`, one line a picture or crop, written after its values.
+like a picture, by its picture's key and its edges. Training rounds features to bfloat16 whether
+they come from the disk or from the encoder, so that they are the same bits either way.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
 
+from ipn_core.errors import IPNError
 from ipn_core.features import Box, VisualFeatures
-from ipn_core.files import atomic_write, lock
+from ipn_core.files import claim, lock
 from ipn_core.images import content_key, crop
-from ipn_core.stages import EncodedImage
+from ipn_core.training.shards import Entry, Shards, cache_size
 from ipn_core.weights import cache_dir
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ipn_core.stages import VisionEncoder
     from ipn_core.tasks import Picture
 
 __all__ = ["FeatureCache"]
 
 _BATCH = 32
-_BYTES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """Where a picture's numbers lie: h·w rows of patches, then the global token if it has one."""
-
-    key: str
-    offset: int
-    h: int
-    w: int
-    global_token: bool
-
+"""Pictures that go through the encoder together."""
+_SHARD = 64
+"""Pictures a shard, at most."""
+_LOCKS = 64
+"""How many locks processes share for the pictures that each is encoding."""
 
 _Crop = tuple[str, tuple[float, ...]]
 """The key of a picture, and the edges of a part of it."""
+_T = TypeVar("_T")
 
 
 class FeatureCache:
-    """Features of pictures by content, computed once, and of their crops, once they are needed."""
+    """Features of pictures by content, computed once, and of their crops, once they are needed.
 
-    def __init__(self, encoder: VisionEncoder, folder: Path | None = None) -> None:
+    Where there is no room left, pictures are encoded each time they are asked for.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        folder: Path | None = None,
+        size: int | None = None,
+        note: Callable[[str], object] = warnings.warn,
+    ) -> None:
         """Open or start the cache of an encoder.
 
         Args:
             encoder: frozen; its fingerprint names the cache.
             folder: where caches lie, by default in the user's cache folder.
+            size: the bytes that all caches in there may take, by default as `IPN_CACHE_SIZE` says.
+            note: is told what was damaged, and when there is no room left.
+
+        Raises:
+            ConfigError: `IPN_CACHE_SIZE` is no size.
         """
         self.encoder = encoder
         name = hashlib.sha256(encoder.fingerprint.encode()).hexdigest()[:16]
         self.folder = (folder or cache_dir() / "features") / name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._index: dict[str, _Entry] = {}
-        self._values: Tensor | None = None
-        self._sizes = (0, 0)
-        self._pictures: dict[str, Picture] = {}
-
-    @property
-    def _index_path(self) -> Path:
-        return self.folder / "index.jsonl"
-
-    @property
-    def _values_path(self) -> Path:
-        return self.folder / "values.bin"
+        self.size = cache_size() if size is None else size
+        self._note = note
+        self._shards = Shards(self.folder, encoder.width, self.size, note)
+        self._full = self.size == 0
+        self._waiting: dict[str, Entry] = {}
+        self._decoded: dict[str, Image.Image] = {}
+        self._pictures: WeakValueDictionary[str, Picture] = WeakValueDictionary()
 
     def add(
         self, pictures: Iterable[Picture], report: Callable[[int], None] | None = None
     ) -> dict[str, str]:
-        """Make sure that pictures are in the cache.
+        """Make sure that pictures are in the cache; processes that add the same share the work.
 
         Args:
-            pictures: opened here, one after the other.
+            pictures: opened here, a few at a time; a picture can be encoded or looked at again
+                later for as long as something else holds it.
             report: receives how many are done.
 
         Returns:
             The content key of each picture's name.
         """
         keys: dict[str, str] = {}
-        with lock(self.folder / "lock"):
-            self._refresh()
-            self._encode(self._missing(pictures, keys, report))
+        left: list[list[Picture]] = []
+        self._shards.refresh()
+        distinct = {picture.name: picture for picture in pictures}
+        for chunk in _chunks(distinct.values(), _SHARD):
+            images: dict[str, Image.Image] = {}
+            for picture in chunk:
+                image = picture.load()
+                key = keys[picture.name] = content_key(image)
+                self._pictures[key] = picture
+                if key not in self._shards:
+                    images[key] = image
+                if report:
+                    report(len(keys))
+            if images and not self._full:
+                with claim(self._lock_of(chunk, keys)) as free:
+                    if free:
+                        self._keep(images)
+                    else:
+                        left.append(chunk)
+        for chunk in left:  # whoever has their locks is encoding them, or has died
+            with lock(self._lock_of(chunk, keys)):
+                self._shards.refresh()
+                missing = [p for p in chunk if keys[p.name] not in self._shards]
+                self._keep({keys[p.name]: p.load() for p in missing})
+        return keys
+
+    def know(self, pictures: Iterable[Picture]) -> dict[str, str]:
+        """Return the content key of each picture's name; `get` encodes those that are missing."""
+        keys: dict[str, str] = {}
+        for picture in pictures:
+            image = picture.load()
+            key = keys[picture.name] = content_key(image)
+            self._pictures[key] = picture
+            if key not in self._shards and key not in self._waiting:
+                self._decoded[key] = image
         return keys
 
     def get(self, keys: Sequence[Sequence[str]]) -> VisualFeatures:
@@ -104,11 +139,15 @@ class FeatureCache:
 
         Returns:
             float32 features on the CPU; samples with the same picture share its patches. They can
-            look at pictures that this cache was given by `add`.
+            look at pictures that this cache was given by `add` or `know`.
+
+        Raises:
+            IPNError: a picture is not in the cache, and nothing holds it any more.
         """
         distinct = list(dict.fromkeys(key for row in keys for key in row))
         index = {key: i for i, key in enumerate(distinct)}
-        loaded = [self._load(key) for key in distinct]
+        found = self._entries({key: (key, ()) for key in distinct})
+        loaded = [found[key].open() for key in distinct]
         return VisualFeatures.share(
             [one.values for one in loaded],
             [one.grid for one in loaded],
@@ -118,6 +157,13 @@ class FeatureCache:
             self._looker(keys),
         )
 
+    def flush(self) -> None:
+        """Write what was encoded since pictures were added, such as crops."""
+        entries, self._waiting = self._waiting, {}
+        self._write(entries)
+
+    # -- parts -----------------------------------------------------------------------------------
+
     def _looker(self, keys: Sequence[Sequence[str]]) -> Callable[[Sequence[Box]], VisualFeatures]:
         shown = [(row, key) for row, of_row in enumerate(keys) for key in of_row]
 
@@ -125,12 +171,9 @@ class FeatureCache:
             crops: list[_Crop] = [
                 (shown[image][1], tuple(map(float, edges))) for image, *edges in boxes
             ]
-            if any(_crop_key(one) not in self._index for one in crops):
-                with lock(self.folder / "lock"):
-                    self._refresh()
-                    self._encode(self._missing_crops(crops))
+            found = self._entries({_crop_key(one): one for one in crops})
             return VisualFeatures.of(
-                [self._load(_crop_key(one)) for one in crops],
+                [found[_crop_key(one)].open() for one in crops],
                 [shown[image][0] for image, *_ in boxes],
                 len(keys),
                 torch.zeros(0, self.encoder.width),
@@ -138,99 +181,72 @@ class FeatureCache:
 
         return look
 
-    def _load(self, key: str) -> EncodedImage:
-        entry = self._index[key]
-        if self._values is None:
-            size = self._values_path.stat().st_size // _BYTES
-            self._values = torch.from_file(
-                str(self._values_path), shared=True, size=size, dtype=torch.bfloat16
-            )
-        width = self.encoder.width
-        rows = entry.h * entry.w + entry.global_token
-        values = self._values[entry.offset : entry.offset + rows * width].float().view(rows, width)
-        token = values[-1] if entry.global_token else None
-        return EncodedImage(values[: entry.h * entry.w], (entry.h, entry.w), token)
+    def _entries(self, wanted: Mapping[str, _Crop]) -> dict[str, Entry]:
+        """Return entries by key; what is missing is encoded, and written with the next shard."""
+        if any(key not in self._shards and key not in self._waiting for key in wanted):
+            self._shards.refresh()
+        found: dict[str, Entry] = {}
+        missing: dict[str, _Crop] = {}
+        for key, where in wanted.items():
+            entry = self._waiting.get(key) or self._shards.read(key)
+            if entry is None:
+                missing[key] = where
+            else:
+                found[key] = entry
+        new = self._encode(self._cut(missing))
+        if not self._full:
+            self._waiting |= new
+            if len(self._waiting) >= _SHARD:
+                self.flush()
+        return found | new
 
-    def _missing(
-        self,
-        pictures: Iterable[Picture],
-        keys: dict[str, str],
-        report: Callable[[int], None] | None,
-    ) -> Iterator[tuple[str, Any]]:
-        waiting: set[str] = set()
-        for picture in pictures:
-            if picture.name not in keys:
-                image = picture.load()
-                key = keys[picture.name] = content_key(image)
-                self._pictures[key] = picture
-                if key not in self._index and key not in waiting:
-                    waiting.add(key)
-                    yield key, image
-            if report:
-                report(len(keys))
+    def _cut(self, missing: Mapping[str, _Crop]) -> dict[str, Image.Image]:
+        """Open pictures, each once, and cut the wanted parts out."""
+        opened: dict[str, Image.Image] = {}
+        for key, _ in missing.values():
+            if key not in opened:
+                picture = self._pictures.get(key)
+                if picture is None:
+                    raise IPNError(
+                        f"the features of picture {key} are not in the cache '{self.folder}', and "
+                        "the picture itself is gone. Start again, so that it is encoded anew."
+                    )
+                opened[key] = self._decoded.pop(key) if key in self._decoded else picture.load()
+        return {
+            name: crop(opened[key], edges) if edges else opened[key]
+            for name, (key, edges) in missing.items()
+        }
 
-    def _missing_crops(self, crops: Sequence[_Crop]) -> Iterator[tuple[str, Any]]:
-        by_picture: dict[str, list[_Crop]] = {}
-        for one in dict.fromkeys(crops):
-            if _crop_key(one) not in self._index:
-                by_picture.setdefault(one[0], []).append(one)
-        for key, of_picture in by_picture.items():
-            image = self._pictures[key].load()
-            for one in of_picture:
-                yield _crop_key(one), crop(image, one[1])
+    def _lock_of(self, pictures: Sequence[Picture], keys: Mapping[str, str]) -> Path:
+        """Name the lock of some pictures: the same for processes that go through the same ones."""
+        names = "".join(keys[picture.name] for picture in pictures)
+        number = int(hashlib.sha256(names.encode()).hexdigest(), 16) % _LOCKS
+        return self.folder / "locks" / f"{number:02}.lock"
 
-    def _encode(self, missing: Iterator[tuple[str, Any]]) -> None:
-        for chunk in _chunks(missing, _BATCH):
+    def _keep(self, images: Mapping[str, Image.Image]) -> None:
+        """Encode pictures that no other process has written meanwhile."""
+        self._shards.refresh()
+        self._write(
+            self._encode({k: image for k, image in images.items() if k not in self._shards})
+        )
+
+    def _encode(self, images: Mapping[str, Image.Image]) -> dict[str, Entry]:
+        found: dict[str, Entry] = {}
+        for chunk in _chunks(images.items(), _BATCH):
             with torch.inference_mode():
                 encoded = self.encoder.encode([image for _, image in chunk])
-            self._append([key for key, _ in chunk], encoded)
+            for (key, _), one in zip(chunk, encoded, strict=True):
+                found[key] = Entry.of(one)
+        return found
 
-    def _append(self, keys: Sequence[str], encoded: Sequence[EncodedImage]) -> None:
-        lines = []
-        with open(self._values_path, "ab") as file:
-            offset = file.tell() // _BYTES
-            for key, one in zip(keys, encoded, strict=True):
-                rows = [one.values, *([] if one.global_token is None else [one.global_token[None]])]
-                values = torch.cat(rows).to(torch.bfloat16).cpu().contiguous()
-                file.write(values.view(torch.uint8).numpy().tobytes())
-                entry = _Entry(key, offset, *one.grid, one.global_token is not None)
-                self._index[key] = entry
-                lines.append(json.dumps(asdict(entry)))
-                offset += values.numel()
-            file.flush()
-        with open(self._index_path, "a", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in lines))
-        self._sizes = self._sizes_now()
-        self._values = None
-
-    def _sizes_now(self) -> tuple[int, int]:
-        return self._index_path.stat().st_size, self._values_path.stat().st_size
-
-    def _refresh(self) -> None:
-        """Read what is there; drop lines that an interrupted writer left without their values."""
-        if not self._values_path.exists():
-            self._values_path.touch()
-        size = self._values_path.stat().st_size // _BYTES
-        os.truncate(self._values_path, size * _BYTES)
-        if not self._index_path.exists() or self._sizes == self._sizes_now():
-            return
-        self._index = {}
-        text = self._index_path.read_text(encoding="utf-8")
-        whole = []
-        for line in text.splitlines(keepends=True):
-            entry = _entry(line)
-            if entry is None:
-                continue
-            rows = entry.h * entry.w + entry.global_token
-            if entry.offset + rows * self.encoder.width <= size:
-                self._index[entry.key] = entry
-                whole.append(line)
-        # A line kept without its values would later point into other pictures' values.
-        kept = "".join(whole)
-        if kept != text:
-            atomic_write(self._index_path, kept.encode())
-        self._sizes = self._sizes_now()
-        self._values = None
+    def _write(self, entries: Mapping[str, Entry]) -> None:
+        if entries and not self._full and not self._shards.write(entries):
+            self._full = True
+            self._note(
+                f"the feature cache '{self.folder.parent}' is full ({self.size / 1e9:.3g} GB) of "
+                "what running processes use: further pictures are encoded each time they are "
+                "shown. IPN_CACHE_SIZE sets its size."
+            )
 
 
 def _crop_key(crop: _Crop) -> str:
@@ -238,17 +254,7 @@ def _crop_key(crop: _Crop) -> str:
     return f"{key}@{','.join(map(repr, edges))}"
 
 
-def _entry(line: str) -> _Entry | None:
-    """Read a line of the index; None if it is not whole."""
-    if not line.endswith("\n"):
-        return None
-    try:
-        return _Entry(**json.loads(line))
-    except (ValueError, TypeError):
-        return None
-
-
-def _chunks(items: Iterable[tuple[str, Any]], size: int) -> Iterator[list[tuple[str, Any]]]:
+def _chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk

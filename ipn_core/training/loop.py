@@ -6,21 +6,29 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ipn_core.errors import TrainingError
-from ipn_core.training.checks import awake, check_gradients, choose, finite_gradients, first_bad
-from ipn_core.training.data import Batch, Data, Sampler, make_batch
+from ipn_core.errors import ConfigError, TrainingError
+from ipn_core.training.checks import awake, check_gradients, finite_gradients, first_bad
+from ipn_core.training.data import Batch, Data, DataSource, Whole, known_features, make_batch
+from ipn_core.training.guards import Pinned, check_batch, check_finite, first_not_finite
 from ipn_core.training.objectives import Objective, build_objectives, request_of
+from ipn_core.training.parameters import choose, groups
+from ipn_core.training.processes import gathered, shares, together, whole
 from ipn_core.training.requests import RequestCache, requests_are_constant
+from ipn_core.training.sampler import Sampler
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from ipn_core.features import VisualFeatures
     from ipn_core.model import IPN
     from ipn_core.plugins import Registry
     from ipn_core.training.config import StageConfig
@@ -49,13 +57,24 @@ class _Losses(nn.Module):
         super().__init__()
         self.model = model
         self.objectives = objectives
+        # What FSDP2 shards by itself, unless its settings name other classes: the LLM's layers.
+        self._no_split_modules = list(model.backbone.lm._no_split_modules or ())
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        asks = any(not o.through_llm for o, _ in self.objectives)
-        request = request_of(self.model, batch) if asks else None
+    def forward(self, batch: Batch, share: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted loss of a batch and its parts, for a share of a step by its size."""
+        check_batch(self.model, batch)
+        asked = self.model.requester is not None
+        asked = asked and any(not o.through_llm for o, _ in self.objectives)
+        request = request_of(self.model, batch) if asked else None
         losses = {o.name: o.loss(batch, request) for o, _ in self.objectives}
+        if share:
+            losses = {name: loss * share[name] for name, loss in losses.items()}
         total = torch.stack([w * losses[o.name] for o, w in self.objectives]).sum()
         return total, {name: loss.detach() for name, loss in losses.items()}
+
+    def correct(self, batch: Batch, judge: Objective) -> list[bool]:
+        """Say which examples come out right."""
+        return judge.correct(batch, request_of(self.model, batch)) or []
 
 
 class StageRun:
@@ -71,7 +90,7 @@ class StageRun:
         self,
         stage: StageConfig,
         model: IPN,
-        data: Sequence[Data],
+        data: Sequence[DataSource],
         *,
         cache: FeatureCache,
         registry: Registry,
@@ -85,27 +104,41 @@ class StageRun:
         self.accelerator = accelerator
         self.seed = seed
         self.step = 0
-        self.trained = choose(model, stage.train)
+        self.pinned = Pinned()
+        self.trained = choose(model, stage.train, stage.freeze)
         objectives = build_objectives(stage, model, data, registry)
         self.requests: RequestCache | None = None
         constant = requests_are_constant(model)
         if constant and any(not o.through_llm for o, _ in objectives):
-            self.requests = RequestCache(model, digest())
-        self.sampler = Sampler(data, stage, seed)
-        decayed = [p for p in self.trained.values() if p.ndim > 1]
-        plain = [p for p in self.trained.values() if p.ndim <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": stage.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=stage.betas)
-        self.losses, self.optimizer = accelerator.prepare(_Losses(model, objectives), optimizer)
+            answers = next((o.answers for o, _ in objectives if o.answers is not None), None)
+            self.requests = RequestCache(model, digest(), answers=answers)
+        share = (accelerator.process_index, accelerator.num_processes)
+        self.sampler = Sampler(data, stage, seed, share)
+        optimizer = torch.optim.AdamW(groups(self.trained, stage), betas=stage.betas)
+        self.losses, self.optimizer = _Losses(model, objectives), optimizer
+        self._judge = self.losses.correct
         self.objectives = objectives
+        processes = accelerator.num_processes
+        if stage.groups < processes:
+            raise ConfigError(
+                f"stage '{stage.name}': 'groups' is {stage.groups}, and {processes} processes "
+                "share each batch out by groups. Make it at least as many."
+            )
+
+    def prepare(self) -> None:
+        """Let the processes train together from here on; does nothing for one alone."""
+        self.losses, self.optimizer = self.accelerator.prepare(self.losses, self.optimizer)
+        own = dict(self.model.named_parameters())  # FSDP2 has put others in their place
+        self.trained = {name: own[name] for name in self.trained}
 
     @property
     def names(self) -> dict[Tensor, str]:
         """Names by parameter."""
         return {p: name for name, p in self.trained.items()}
+
+    @property
+    def _terms(self) -> list[Objective]:
+        return [objective for objective, _ in self.objectives]
 
     @property
     def done(self) -> bool:
@@ -120,30 +153,26 @@ class StageRun:
         )
 
     def read_requests(
-        self, data: Sequence[Data], report: Callable[[int, int], None] | None = None
+        self, data: Sequence[DataSource], report: Callable[[int, int], None] | None = None
     ) -> None:
         """Let the LLM read each distinct question of some data once, if that is enough."""
         if self.requests is None:
             return
-        owner = {id(e): d for d in data for e in d.examples}
-
-        def features(some: Sequence[Any]) -> Any:
-            keys = [[owner[id(e)].keys[p.name] for p in e.images] for e in some]
-            return self.cache.get(keys)
-
         for one in data:
-            self.requests.add(one.examples, features, report)
+            self.requests.add(one.examples, partial(known_features, one, self.cache), report)
 
     def fit(self) -> None:
         """Prepare new weights for the data: a sample of requests and of patches."""
         interaction = self.model.interaction
         if interaction is None:
             return
-        drawn = [pair for at in range(8) for pair in self.sampler.draw(at)]
+        at_most = range(8 * self.stage.accumulate)
+        drawn = [pair for at in at_most for pair in self.sampler.draw(at)]
         distinct = list(
             {tuple(p.name for p in d.examples[i].images): (d, i) for d, i in drawn}.values()
         )[:256]
         batch = self._to_device(make_batch(distinct, self.cache, self.requests))
+        check_finite(batch)
         if self.requests is not None:
             hidden = self.requests.all()
             hidden = hidden[:: math.ceil(len(hidden) / _FIT_SAMPLE)]
@@ -160,10 +189,10 @@ class StageRun:
                 no gradient; the text names it.
         """
         with torch.random.fork_rng():
-            batch = self._batch(0)
-            offered = self._offered(batch)
+            batches = self._batches()
+            offered = self._offered(batches)
             with awake(self.trained):
-                self._backward(batch)
+                self._backward(self._to_device(batches[0]))
             check_gradients(self.model, self.trained)
         self.optimizer.zero_grad(set_to_none=True)
         count = sum(p.numel() for p in self.trained.values())
@@ -173,15 +202,18 @@ class StageRun:
             "finite non-zero gradient"
         )
 
-    def _offered(self, batch: Batch) -> str:
+    def _offered(self, batches: Sequence[Batch]) -> str:
         """Say how much there is to learn from, after checking that every objective has some."""
-        with self.accelerator.autocast():
-            counts = {o: o.labels(batch) for o, _ in self.objectives}
+        counts = {
+            o: sum(together(self.accelerator, [o.labels(batch) for batch in batches]))
+            for o in self._terms
+        }
         for objective, count in counts.items():
             if not count:
+                examples = len(batches[0].step)
                 raise TrainingError(
                     f"stage '{self.stage.name}': no label is left to learn from for the objective "
-                    f"'{objective.name}': the first batch has {len(batch.examples)} examples and 0 "
+                    f"'{objective.name}': the first batch has {examples} examples and 0 "
                     f"{objective.unit}. Check what the examples ask and answer, make batches "
                     "larger ('groups', 'per_group'), or take the objective out of the stage."
                 )
@@ -197,10 +229,16 @@ class StageRun:
         scale = 1.0 if scaler is None else scaler.get_scale()
         while True:
             self._seed()
-            total, parts = self._losses(batch)
-            bad = first_bad(self.trained, parts)
+            total, parts = self._losses(batch, self._shares([batch])[0])
+            losses = {name: float(loss) for name, loss in parts.items()}
+            bad = first_bad(self.trained, losses, lambda: self._first_not_finite([batch]))
             if bad:
                 raise TrainingError(f"before the first step: {bad} is not finite.")
+            if not any(losses.values()):
+                raise TrainingError(
+                    f"stage '{self.stage.name}': before the first step its loss is exactly 0 "
+                    f"({', '.join(parts)}), so that there is nothing to learn from it."
+                )
             if not total.requires_grad:
                 raise TrainingError(
                     f"stage '{self.stage.name}': its objectives ({', '.join(parts)}) reach nothing "
@@ -226,31 +264,35 @@ class StageRun:
         self.model.train()
         rate = learning_rate(self.stage, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         totals: dict[str, float] = {}
-        count = 0
-        for part in range(self.stage.accumulate):
-            batch = self._batch(part)
-            count += len(batch.examples)
-            last = part == self.stage.accumulate - 1
+        batches = self._batches()
+        count = len(batches[0].step)
+        for batch, share in zip(batches, self._shares(batches), strict=True):
+            last = batch is batches[-1]
             waiting = contextlib.nullcontext() if last else self.accelerator.no_sync(self.losses)
             with waiting:
-                total, parts = self._losses(batch)
+                total, parts = self._losses(self._to_device(batch), share)
                 self.accelerator.backward(total / self.stage.accumulate)
             for name, value in {"loss": total.detach(), **parts}.items():
                 totals[name] = totals.get(name, 0.0) + float(value) / self.stage.accumulate
-        norm = self._norm()
+        if self.accelerator.num_processes > 1:
+            means = torch.tensor(list(totals.values()), device=self.accelerator.device)
+            totals = dict(zip(totals, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+        terms = {name: value for name, value in totals.items() if name != "loss"}
+        whole_norm = self._norm()
+        norm = float(gathered(whole_norm))
         # In fp16 the loss scaler skips a step whose gradients overflow.
         scaled = self.accelerator.scaler is not None
         if not math.isfinite(totals["loss"]) or not (scaled or math.isfinite(norm)):
-            bad = first_bad(self.trained, parts) or "the norm of the gradient"
+            bad = first_bad(self.trained, terms, lambda: self._first_not_finite(batches))
+            bad = bad or "the norm of the gradient"
             raise TrainingError(
                 f"stage '{self.stage.name}', step {self.step + 1}: {bad} is not finite. The last "
                 "saved state is intact; lower 'lr' or use precision fp32, and --resume."
             )
-        nn.utils.clip_grads_with_norm_(
-            self.trained.values(), self.stage.clip, torch.tensor(norm, device=total.device)
-        )
+        self.pinned.check(terms)
+        nn.utils.clip_grads_with_norm_(self.trained.values(), self.stage.clip, whole_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -264,44 +306,97 @@ class StageRun:
         if judge is None or not data:
             return None
         self.model.eval()
+        batches = [
+            (one, range(start, min(start + _VALIDATION_BATCH, len(one.examples))))
+            for one in data
+            for start in range(0, len(one.examples), _VALIDATION_BATCH)
+        ]
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        mine: list[tuple[int, list[tuple[str, bool]]]] = []
+        # Where weights are shared out, all processes must run equally many batches.
+        for number in range(rank, math.ceil(len(batches) / processes) * processes, processes):
+            one, indices = batches[min(number, len(batches) - 1)]
+            batch = self._to_device(one.batch(indices, self.cache, self.requests))
+            with whole(self.losses):
+                correct = self._judge(batch, judge)
+            types = [f"{one.name}/{one.split}/{example.type}" for example in batch.examples]
+            if number < len(batches):
+                mine.append((number, list(zip(types, correct, strict=True))))
         found: dict[str, list[bool]] = {}
-        for one in data:
-            for start in range(0, len(one.examples), _VALIDATION_BATCH):
-                indices = range(start, min(start + _VALIDATION_BATCH, len(one.examples)))
-                batch = one.batch(indices, self.cache, self.requests)
-                batch = self._to_device(batch)
-                correct = judge.correct(batch, request_of(self.model, batch)) or []
-                for example, right in zip(batch.examples, correct, strict=True):
-                    found.setdefault(f"{one.name}/{one.split}/{example.type}", []).append(right)
+        for _, judged in sorted(together(self.accelerator, mine)):
+            for name, right in judged:
+                found.setdefault(name, []).append(right)
         every = [right for rights in found.values() for right in rights]
         return {
             "accuracy": sum(every) / len(every),
             "by_type": {name: sum(rights) / len(rights) for name, rights in found.items()},
         }
 
-    def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, batch: Batch, share: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         with self.accelerator.autocast():
-            total, parts = self.losses(batch)
+            total, parts = self.losses(batch, share)
         return total, parts
 
-    def _norm(self) -> float:
+    def _first_not_finite(self, batches: Sequence[Batch]) -> str | None:
+        """Name the first tensor that is not finite in a step whose loss is not."""
+        if self.accelerator.num_processes > 1:
+            return None  # The others would wait for what this one does alone.
+        self._seed()
+        for batch in map(self._to_device, batches):
+            found = first_not_finite(self.model, batch, partial(self._losses, batch, {}))
+            if found:
+                return found
+        return None
+
+    def _norm(self) -> Tensor:
         """Return the norm of the whole gradient, before anything is clipped by it."""
         self.accelerator.unscale_gradients(self.optimizer)
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        return float(nn.utils.get_total_norm(gradients))
+        return nn.utils.get_total_norm(gradients)
 
-    def _batch(self, part: int) -> Batch:
-        processes = self.accelerator.num_processes
-        at = (self.step * self.stage.accumulate + part) * processes
-        drawn = self.sampler.draw(at + self.accelerator.process_index)
-        return self._to_device(make_batch(drawn, self.cache, self.requests))
+    def _batches(self) -> list[Batch]:
+        """Return this process's share of a step, on the CPU: a batch for each accumulated part."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        first = self.step * self.stage.accumulate
+        parts = [self.sampler.groups(first + part) for part in range(self.stage.accumulate)]
+        for later in range(self.stage.accumulate):
+            self.sampler.ahead(first + self.stage.accumulate + later)
+        groups = [group for part in parts for group in part]
+        drawn = [pair for group in groups for pair in group]
+        if processes * len(parts) == 1:
+            return [make_batch(drawn, self.cache, self.requests)]
+
+        def features(indices: Sequence[int]) -> VisualFeatures:
+            some = make_batch([drawn[i] for i in indices], self.cache, None)
+            return self._to_device(some).features
+
+        whole = Whole([data.examples[i] for data, i in drawn], features, self._noise(0))
+        starts = [0, *accumulate(len(group) for group in groups)]
+        batches, at = [], 0
+        for part in parts:
+            own = range(at + rank, at + len(part), processes)
+            at += len(part)
+            rows = [row for i in own for row in range(starts[i], starts[i + 1])]
+            batch = make_batch([drawn[row] for row in rows], self.cache, self.requests)
+            batches.append(replace(batch, whole=whole, rows=rows))
+        return batches
+
+    def _shares(self, batches: Sequence[Batch]) -> list[dict[str, float]]:
+        """Weigh this process's parts of a step; nothing where one batch is all of it."""
+        if batches[0].whole is None:
+            return [{}]
+        counts = [{o.name: o.labels(batch) for o in self._terms} for batch in batches]
+        return shares(self.accelerator, counts)
 
     def _to_device(self, batch: Batch) -> Batch:
         features = batch.features.to(self.accelerator.device)
-        return Batch(batch.examples, features, batch.hidden)
+        return replace(batch, features=features)
 
     def _seed(self) -> None:
         """Let all noise of a step follow from seed, stage, step and process."""
-        where = (self.seed, self.stage.name, self.step, self.accelerator.process_index)
+        torch.manual_seed(self._noise(self.accelerator.process_index))
+
+    def _noise(self, process: int) -> int:
+        where = (self.seed, self.stage.name, self.step, process)
         digest = hashlib.sha256(repr(where).encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        return int.from_bytes(digest[:7], "big")

@@ -2,8 +2,10 @@
 
 `request-image`     request and patches meet in one space: what the question names is in the picture
 `answer-embedding`  the message points at the answer's own input embedding, without the LLM
+`image-text`        where nothing is asked: the tokens name what is in the picture
 `verbalise`         injection is learnt without pictures: the LLM says the answer it is handed
 `language`          the LLM's loss on the answer, end to end
+`look-again`        the head that asks for a further look learns when an example needs one
 
 An objective is registered under its name (`registry.objective`) and checks by itself whether a
 model and its data can serve it.
@@ -14,26 +16,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ipn_core.errors import ConfigError
-from ipn_core.hooks import hookimpl
+from ipn_core.errors import ConfigError, TrainingError
+from ipn_core.plan import Plan, RequestSlot, Tokens
 from ipn_core.stages import RequestContext, VisualMessage
-from ipn_core.training.data import Batch, Data
+from ipn_core.training.answers import Answers, Told, looking, targets
+from ipn_core.training.data import Batch, DataSource, prompt_of
+from ipn_core.training.requests import read_requests
 
 if TYPE_CHECKING:
     from ipn_core.model import IPN
     from ipn_core.plugins import Registry
     from ipn_core.stages import Request
+    from ipn_core.tasks import Example
     from ipn_core.training.config import StageConfig
 
 __all__ = [
     "AnswerEmbedding",
     "Language",
+    "LookAgain",
     "Objective",
     "RequestImage",
     "Verbalise",
@@ -49,13 +55,15 @@ class Objective(ABC):
         name: what configs call it.
         through_llm: whether it runs the LLM itself, and so makes its own requests.
         unit: what `labels` counts, in the plural.
+        answers: what looks shall bring, for objectives towards that.
     """
 
     name: str
     through_llm = False
     unit = "examples"
+    answers: Answers | None = None
 
-    def __init__(self, model: IPN, data: Sequence[Data]) -> None:
+    def __init__(self, model: IPN, data: Sequence[DataSource]) -> None:
         """Check that the model and the data can serve this objective.
 
         Raises:
@@ -66,7 +74,10 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, request: Request | None) -> Tensor:
-        """Return the mean loss of a batch.
+        """Return the mean loss of a batch, over what `labels` counts; 0 where that is nothing.
+
+        Where a batch is a share of a step, only what the step's losses are not simply a mean of
+        (what is compared with each other, or weighted by its frequency) looks at `batch.step`.
 
         Args:
             batch: the examples.
@@ -74,7 +85,11 @@ class Objective(ABC):
         """
 
     def labels(self, batch: Batch) -> int:
-        """Count what a batch offers to learn from, in `unit`; none in the first one is refused."""
+        """Count what a batch offers to learn from, in `unit`; none in the first one is refused.
+
+        Losses of shares of a step are weighted by it, so that it must add up over them. It is
+        counted often: do not run the LLM for it.
+        """
         return len(batch.examples)
 
     def correct(self, batch: Batch, request: Request | None) -> list[bool] | None:
@@ -98,7 +113,7 @@ class RequestImage(Objective):
     offset = 10.0
     """Where a score means even chances: between no similar patch (log P) and one (16)."""
 
-    def __init__(self, model: IPN, data: Sequence[Data]) -> None:
+    def __init__(self, model: IPN, data: Sequence[DataSource]) -> None:
         super().__init__(model, data)
         _asks(self)
         if not any(e.names for d in data for e in d.examples):
@@ -115,18 +130,24 @@ class RequestImage(Objective):
         if not rows:
             text, patches = self.model.interaction.shared_space(request, batch.features)
             return (text.sum() + patches.sum()) * 0.0
-        asking = replace(request, values=request.values[rows])
-        features = batch.features.select(pictures)
+        place = {index: i for i, index in enumerate(batch.mine)}
+        own = [place[index] for index in rows]
+        asking = replace(request, values=request.values[own])
+        features = batch.features_of(pictures)
         text, patches = self.model.interaction.shared_space(asking, features)
         scores = 16 * torch.einsum("qw,npw->qnp", text, features.spread(patches))
         scores = scores.float().masked_fill(~features.mask, -1e4).logsumexp(-1) - self.offset
-        shown = [set(batch.examples[i].shown) for i in pictures]
-        targets = torch.tensor(
-            [[float(set(batch.examples[i].names) <= there) for there in shown] for i in rows],
+        asking_anywhere = [i for i, e in enumerate(batch.step) if e.names]
+        shown = [set(batch.step[i].shown) for i in pictures]
+        every = torch.tensor(
+            [[float(set(batch.step[i].names) <= s) for s in shown] for i in asking_anywhere],
             device=scores.device,
         )
+        share = every.mean()
+        mine = set(rows)
+        targets = every[[i in mine for i in asking_anywhere]]
         # Most pairs are negative; both kinds get half the weight.
-        weight = torch.where(targets > 0, 0.5 / targets.mean(), 0.5 / (1 - targets.mean()))
+        weight = torch.where(targets > 0, 0.5 / share, 0.5 / (1 - share))
         weight = weight.nan_to_num(0.5, 0.5, 0.5).clamp(max=50)
         return F.binary_cross_entropy_with_logits(scores, targets, weight)
 
@@ -137,24 +158,42 @@ class RequestImage(Objective):
 
     @staticmethod
     def _pairs(batch: Batch) -> tuple[list[int], list[int]]:
-        """Return the examples that name something, and one of them for each picture."""
-        rows = [i for i, e in enumerate(batch.examples) if e.names]
-        seen = {tuple(p.name for p in batch.examples[i].images): i for i in rows}
+        """Return which of the step's examples are here and name something, and one a picture.
+
+        The pictures are those of the whole step, whoever asks about them.
+        """
+        rows = [i for i in batch.mine if batch.step[i].names]
+        named = [(e, i) for i, e in enumerate(batch.step) if e.names]
+        seen = {tuple(p.name for p in e.images): i for e, i in named}
         return rows, list(seen.values())
 
 
 class _TowardsAnswers(Objective):
-    """Base of the objectives in which a message stands for an answer's input embedding."""
+    """Base of the objectives in which a message stands for the input embedding of what was found.
 
-    def __init__(self, model: IPN, data: Sequence[Data]) -> None:
+    That is the answer, or where examples know it, the hop that a look before the last should find.
+    """
+
+    answers: Answers
+
+    def __init__(self, model: IPN, data: Sequence[DataSource]) -> None:
         super().__init__(model, data)
         _asks(self)
         _message_is_embedding(self)
-        self.answers = _Answers(model, data)
+        self.answers = Answers(model, data)
+
+    def _looks(self, examples: Sequence[Example]) -> list[list[int]]:
+        """The examples that have each look."""
+        layout = self.model.config.layout
+        most = max(len(targets(e, layout)) for e in examples)
+        return [looking(examples, layout, look) for look in range(most)]
 
 
 class AnswerEmbedding(_TowardsAnswers):
-    """Cross-entropy over all answers: each message token points at its answer's input embedding."""
+    """Cross-entropy over all targets: each message token points at its target's input embedding.
+
+    A look after the first is asked for as if the ones before it had found theirs.
+    """
 
     name = "answer-embedding"
     unit = "answers"
@@ -162,30 +201,45 @@ class AnswerEmbedding(_TowardsAnswers):
     """What cosines are multiplied with; a temperature of 1/20."""
 
     def loss(self, batch: Batch, request: Request | None) -> Tensor:
-        """Compare every token of the message with every answer."""
-        logits = self._logits(batch, request)
-        targets = self.answers.index(batch).to(logits.device)
-        return F.cross_entropy(
-            logits.flatten(0, 1), targets.repeat_interleave(logits.shape[1]), label_smoothing=0.02
-        )
+        """Compare every token of the messages with every target."""
+        found = self._compare(batch, request)
+        logits = torch.cat([x for _, x, _ in found]).flatten(0, 1)
+        wanted = torch.cat([x for *_, x in found]).to(logits.device)
+        tokens = len(logits) // len(wanted)
+        return F.cross_entropy(logits, wanted.repeat_interleave(tokens), label_smoothing=0.02)
 
     def labels(self, batch: Batch) -> int:
-        """Count the examples whose answer has an embedding."""
-        return int((self.answers.index(batch) >= 0).sum())
+        """Count the looks whose target has an embedding."""
+        some = [
+            self.answers.index([batch.examples[i] for i in rows], look)
+            for look, rows in enumerate(self._looks(batch.examples))
+        ]
+        return int((torch.cat(some) >= 0).sum())
 
     def correct(self, batch: Batch, request: Request | None) -> list[bool]:
-        """Compare the answer that the tokens point at together with the right one."""
-        best = self._logits(batch, request).mean(1).argmax(-1).cpu()
-        found: list[bool] = (best == self.answers.index(batch)).tolist()
-        return found
+        """Compare the target that the tokens point at together with the right one, at each look."""
+        right = [True] * len(batch.examples)
+        for rows, logits, wanted in self._compare(batch, request):
+            best = logits.mean(1).argmax(-1).cpu()
+            for row, hit in zip(rows, (best == wanted).tolist(), strict=True):
+                right[row] &= hit
+        return right
 
-    def _logits(self, batch: Batch, request: Request | None) -> Tensor:
-        message: VisualMessage = self.model.call(
-            "interact", request=request, features=batch.features
-        )
-        directions = F.normalize(message.values.float(), dim=-1)
-        logits: Tensor = self.sharpness * directions @ self.answers.directions.T
-        return logits
+    def _compare(
+        self, batch: Batch, request: Request | None
+    ) -> list[tuple[list[int], Tensor, Tensor]]:
+        """By look: the examples, the logits (B, M, A) of their messages, and their targets (B,)."""
+        found = []
+        for look, rows in enumerate(self._looks(batch.examples)):
+            asked = request_of(self.model, batch, look, self.answers) if look else request
+            part = batch if len(rows) == len(batch.examples) else batch.select(rows)
+            message: VisualMessage = self.model.call(
+                "interact", request=asked, features=part.features
+            )
+            directions = F.normalize(message.values.float(), dim=-1)
+            logits: Tensor = self.sharpness * directions @ self.answers.directions.T
+            found.append((rows, logits, self.answers.index(part.examples, look)))
+        return found
 
 
 class Verbalise(_TowardsAnswers):
@@ -199,17 +253,34 @@ class Verbalise(_TowardsAnswers):
     unit = "label tokens"
 
     def loss(self, batch: Batch, request: Request | None) -> Tensor:
-        """Put the answers' embeddings where the interaction's message would stand."""
-        with self.model.observing(_Instead(self._message(batch))):
+        """Put the targets' embeddings where the interaction's messages would stand."""
+        if batch.whole is None:
+            messages = self._messages(batch.examples)
+        else:
+            with batch.whole.noise(self.model.backbone.device):
+                every = self._messages(batch.step)
+            layout, mine = self.model.config.layout, set(batch.mine)
+            messages = [
+                message[[i in mine for i in looking(batch.step, layout, look)]]
+                for look, message in enumerate(every)
+            ]
+        with self.model.observing(Told(messages)):
             return _language(self.model, batch)
 
     def labels(self, batch: Batch) -> int:
         """Count the tokens that the LLM's loss is over."""
         return _label_tokens(self.model, batch)
 
-    def _message(self, batch: Batch) -> Tensor:
+    def _messages(self, examples: Sequence[Example]) -> list[Tensor]:
+        """Return the messages of each look, (B, M, D_in) of the examples that have it."""
+        return [
+            self._message([examples[i] for i in rows], look)
+            for look, rows in enumerate(self._looks(examples))
+        ]
+
+    def _message(self, examples: Sequence[Example], look: int) -> Tensor:
         directions = self.answers.directions
-        right = directions[self.answers.index(batch).to(directions.device)]
+        right = self.answers.of(examples, look)
         assert self.model.interaction is not None
         M, device = self.model.interaction.length, right.device
         wrong = directions[torch.randint(len(directions), (len(right),), device=device)]
@@ -236,8 +307,56 @@ class Language(Objective):
         return _label_tokens(self.model, batch)
 
 
+class LookAgain(Objective):
+    """Binary cross-entropy of looking again, before every token to learn and every look to take.
+
+    The hidden states before looks are as rare as looks are; both choices get half the weight.
+    """
+
+    name = "look-again"
+    through_llm = True
+    unit = "choices"
+
+    def __init__(self, model: IPN, data: Sequence[DataSource]) -> None:
+        super().__init__(model, data)
+        if model.look_head is None:
+            raise self.refuse("needs 'layout.look_again' of at least 1.")
+        if not any(e.looks for d in data for e in d.examples):
+            raise self.refuse(
+                "needs examples that say how often to look again (Example.looks); "
+                f"{', '.join(d.name for d in data)} never say so."
+            )
+
+    def loss(self, batch: Batch, request: Request | None) -> Tensor:
+        """Compare what the head wants with what the examples need."""
+        assert self.model.look_head is not None
+        plans = [self.model.planner.plan(prompt) for prompt in batch.prompts(self.model)]
+        percept = self.model.perceive([], [p.question for p in plans], batch.features)
+        hidden, again = self.model.engine.decisions(plans, percept)
+        share = again.float().mean()
+        if batch.whole is not None:
+            learned, looks = self._choices(batch.step)
+            share = share.new_tensor(looks / (learned + looks))
+        share = share.clamp(1e-3, 1 - 1e-3)
+        weight = torch.where(again, 0.5 / share, 0.5 / (1 - share))
+        wanted = self.model.look_head(hidden)
+        return F.binary_cross_entropy_with_logits(wanted, again.float(), weight)
+
+    def labels(self, batch: Batch) -> int:
+        """Count the choices."""
+        return sum(self._choices(batch.examples))
+
+    def _choices(self, examples: Sequence[Example]) -> tuple[int, int]:
+        """Count where not to look again, before tokens to learn, and where to."""
+        layout = self.model.config.layout
+        plans = [self.model.planner.plan(prompt_of(e, layout)) for e in examples]
+        pieces = [piece for plan in plans for piece in plan.pieces]
+        looks = [p for p in pieces if isinstance(p, RequestSlot) and p.round >= layout.rounds]
+        return _learned(plans), len(looks)
+
+
 def build_objectives(
-    stage: StageConfig, model: IPN, data: Sequence[Data], registry: Registry
+    stage: StageConfig, model: IPN, data: Sequence[DataSource], registry: Registry
 ) -> list[tuple[Objective, float]]:
     """Build the objectives of a stage, each with its weight.
 
@@ -251,62 +370,22 @@ def build_objectives(
     ]
 
 
-class _Answers:
-    """The distinct answers, and a unit direction for each in the LLM's input space.
-
-    Attributes:
-        directions: (A, D_in) mean input embedding of each answer's tokens, centred over them all.
-    """
-
-    def __init__(self, model: IPN, data: Sequence[Data]) -> None:
-        answers = sorted({e.answers[0] for d in data for e in d.examples})
-        self._index = {answer: i for i, answer in enumerate(answers)}
-        backbone = model.backbone
-        with torch.no_grad():
-            means = [
-                backbone.embed(torch.tensor([_ids(model, a)], device=backbone.device))[0].mean(0)
-                for a in answers
-            ]
-            embeddings = torch.stack(means).float()
-            self.directions = F.normalize(embeddings - embeddings.mean(0), dim=-1)
-
-    def index(self, batch: Batch) -> Tensor:
-        """Return (B,) the index of each example's answer.
-
-        Answers that training never had get -1, which no message can point at.
-        """
-        return torch.tensor([self._index.get(e.answers[0], -1) for e in batch.examples])
-
-
-class _Instead:
-    """A wrapper on one model's `interact`: another message in place of the interaction's."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-
-    @hookimpl(tryfirst=True)
-    def interact(self, request: Request, features: Any) -> VisualMessage:
-        """Answer the hook first, so that the interaction is not run."""
-        return VisualMessage(self.values.to(request.values.dtype))
-
-
 def _language(model: IPN, batch: Batch) -> Tensor:
     total, count = model(batch.prompts(model), batch.features)
-    mean: Tensor = total / max(count, 1)
+    if not count:
+        raise TrainingError("a batch has no label left to learn from: all its tokens are masked.")
+    mean: Tensor = total / count
     return mean
 
 
-@torch.no_grad()
 def _label_tokens(model: IPN, batch: Batch) -> int:
     """Return the number that the loss itself is divided by."""
-    _, count = model(batch.prompts(model), batch.features)
-    tokens: int = count
-    return tokens
+    return _learned([model.planner.plan(prompt) for prompt in batch.prompts(model)])
 
 
-def _ids(model: IPN, text: str) -> list[int]:
-    ids: list[int] = model.backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+def _learned(plans: Sequence[Plan]) -> int:
+    pieces = [piece for plan in plans for piece in plan.pieces]
+    return sum(len(p.ids) for p in pieces if isinstance(p, Tokens) and p.learn)
 
 
 def _asks(objective: Objective) -> None:
@@ -315,6 +394,14 @@ def _asks(objective: Objective) -> None:
         raise objective.refuse(
             f"needs a strategy that asks; '{model.strategy}' does not. Use 'language'."
         )
+    assert model.requester is not None
+    if not model.requester.asks:
+        raise objective.refuse(
+            f"needs a request that depends on the question; that of {model.label('request')} "
+            "cannot. Use 'image-text' or 'language'."
+        )
+    if any(e.dialogue is not None for d in objective.data for e in d.examples):
+        raise objective.refuse("needs one question an example; some are dialogues. Use 'language'.")
     if objective.name not in model.interaction.objectives:
         declared = ", ".join(sorted(model.interaction.objectives)) or "none"
         raise objective.refuse(
@@ -333,19 +420,24 @@ def _message_is_embedding(objective: Objective) -> None:
         )
 
 
-def request_of(model: IPN, batch: Batch) -> Request:
-    """Return the requests of a batch, from the cache or by reading the questions now."""
+def request_of(model: IPN, batch: Batch, look: int = 0, answers: Answers | None = None) -> Request:
+    """Return the requests of the examples that have a look, from the cache or by reading them now.
+
+    Args:
+        model: asks.
+        batch: the examples.
+        look: its number; the looks before it are told that they found what they should.
+        answers: says what that is, for a look after the first.
+    """
     assert model.requester is not None
-    hidden = batch.hidden
-    if hidden is None:
-        plans = [model.planner.plan(prompt) for prompt in batch.prompts(model)]
-        percept = model.perceive([], [p.question for p in plans], batch.features)
-        hidden = model.engine.hidden_at_request(plans, percept)
+    rows = looking(batch.examples, model.config.layout, look)
+    if look < len(batch.hidden):
+        hidden = batch.hidden[look]
+    else:
+        part = batch if len(rows) == len(batch.examples) else batch.select(rows)
+        hidden = read_requests(model, part.examples, part.features, look, answers)
     context = RequestContext(
-        hidden.to(model.backbone.device, model.stage_dtype),
-        range(len(batch.examples)),
-        0,
-        model.requester.layer,
+        hidden.to(model.backbone.device, model.stage_dtype), rows, look, model.requester.layer
     )
     request: Request = model.call("request", context=context)
     return request

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,10 +21,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ipn_core.cli.terminal import NOTE_EVERY_S
 from ipn_core.files import atomic_write
+from ipn_core.progress import NOTE_EVERY_S
+from ipn_core.training.processes import together
 
-__all__ = ["Metrics", "Moving", "bar", "plot"]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ipn_core.training.config import TrainConfig
+    from ipn_core.training.state import Position
+
+__all__ = ["Log", "Metrics", "Moving", "bar", "plot"]
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
@@ -45,12 +53,73 @@ class Metrics:
         lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
         return [json.loads(line) for line in lines if line]
 
+    def best(self) -> dict[str, Any] | None:
+        """Return the entry of the best validation, the first one, of the last stage with any."""
+        judged = [entry for entry in self.read() if "accuracy" in entry]
+        last = [e for e in judged if e["stage_index"] == judged[-1]["stage_index"]]
+        return max(last, key=lambda e: e["accuracy"], default=None)
+
     def write(self, **entry: Any) -> None:
         """Append a line."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+class Log:
+    """What a training finds out: in `metrics.jsonl` first, then where trackers follow it.
+
+    Attributes:
+        best: the entry of the best validation so far, of the last stage with any; the same in all
+            processes.
+    """
+
+    def __init__(
+        self, folder: Path, position: Position, config: TrainConfig, accelerator: Accelerator
+    ) -> None:
+        """Open the logs of a training that goes on from a position; one process writes."""
+        main = accelerator.is_main_process
+        self.metrics = Metrics(folder, position.stage, position.step) if main else None
+        self._accelerator = accelerator
+        self._before = [0, *itertools.accumulate(stage.steps for stage in config.stages)]
+        self.best = together(accelerator, [self.metrics.best() if self.metrics else None])[0]
+        if config.trackers:
+            begin = self._before[position.stage] + position.step + 1
+            # TensorBoard then leaves out what an interrupted run wrote after the saved state.
+            tensorboard = {"purge_step": begin} if begin > 1 else {}
+            accelerator.init_trackers(folder.name, init_kwargs={"tensorboard": tensorboard})
+
+    def write(self, here: dict[str, Any], found: dict[str, Any]) -> bool:
+        """Note what was found, and whether it is the best validation so far.
+
+        Args:
+            here: `stage`, `stage_index` and `step`.
+            found: numbers by name; others are for the file alone.
+        """
+        entry = {**here, **found}
+        if self.metrics is not None:
+            self.metrics.write(**entry)
+        if self._accelerator.trackers:
+            numbers = {f"{here['stage']}/{k}": v for k, v in found.items() if type(v) is float}
+            step = self._before[here["stage_index"]] + here["step"]
+            self._accelerator.log(numbers, step=step)
+        if "accuracy" not in found:
+            return False
+        before = self.best
+        better = (
+            before is None
+            or before["stage_index"] != here["stage_index"]
+            or found["accuracy"] > before["accuracy"]
+        )
+        if better:
+            self.best = entry
+        return better
+
+    def close(self) -> None:
+        """Let the trackers finish."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
 
 def bar(console: Console) -> Progress:

@@ -1,7 +1,8 @@
 """Requests that are constants: the hidden states at `<img-q>` of repeated questions.
 
 Where no static token, layer injection or trained `<img-q>` stands before the request, it depends on
-the question alone, and the LLM need read each question only once.
+the question alone, and the LLM need read each question only once. So does that of a further look,
+once it is settled what the looks before it are told and how that is injected.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import torch
 from torch import Tensor
 
 from ipn_core.files import atomic_write
-from ipn_core.prompt import Prompt
 from ipn_core.stages import Connector
 from ipn_core.tasks import Example
+from ipn_core.training.answers import Answers, Told, looking, targets
+from ipn_core.training.data import prompt_of
 from ipn_core.weights import cache_dir
 
 if TYPE_CHECKING:
     from ipn_core.features import VisualFeatures
     from ipn_core.model import IPN
 
-__all__ = ["RequestCache", "backbone_digest", "requests_are_constant"]
+__all__ = ["RequestCache", "backbone_digest", "read_requests", "requests_are_constant"]
 
 _BATCH = 32
 
@@ -37,46 +39,91 @@ def requests_are_constant(model: IPN) -> bool:
         and model.injector is not None
         and model.injector.needs_message
         and not model.slots.request.requires_grad
+        and not any(p.requires_grad for p in model.backbone.parameters())
         and model.config.layout.order.index("look") > model.config.layout.order.index("text")
     )
 
 
 def backbone_digest(model: IPN) -> str:
-    """Return a digest of all weights of the backbone."""
+    """Return a digest of all weights of the backbone that never change: an adapter's are not."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.backbone.lm.state_dict().items():
+    lora = model.backbone.lora
+    adapter = set() if lora is None else {id(p) for p in lora.parameters()}
+    for name, tensor in model.backbone.lm.state_dict(keep_vars=True).items():
+        if id(tensor) in adapter:
+            continue
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-class RequestCache:
-    """Hidden states at `<img-q>` by question and number of pictures."""
+def read_requests(
+    model: IPN,
+    examples: Sequence[Example],
+    features: VisualFeatures,
+    look: int = 0,
+    answers: Answers | None = None,
+) -> Tensor:
+    """Return the hidden states (B, R, D) at one `<img-q>` of each example.
 
-    def __init__(self, model: IPN, digest: str, folder: Path | None = None) -> None:
+    Args:
+        model: reads.
+        examples: that have such a look.
+        features: of their pictures.
+        look: its number, from 0; the ones before it are told that they found what they should.
+        answers: says what that is, for a look after the first.
+    """
+    plans = [model.planner.plan(prompt_of(e, model.config.layout)) for e in examples]
+    percept = model.perceive([], [e.question for e in examples], features)
+    if look == 0:
+        return model.engine.hidden_at_request(plans, percept)
+    assert answers is not None
+    assert model.interaction is not None
+    size = (-1, model.interaction.length, -1)
+    told = [answers.of(examples, i).unsqueeze(1).expand(*size) for i in range(look)]
+    with model.observing(Told(told)):
+        return model.engine.hidden_at_request(plans, percept, look)
+
+
+class RequestCache:
+    """Hidden states at `<img-q>` by question, number of pictures, and what was told before."""
+
+    def __init__(
+        self,
+        model: IPN,
+        digest: str,
+        folder: Path | None = None,
+        answers: Answers | None = None,
+    ) -> None:
         """Start a cache.
 
         Args:
             model: its prompts and slots decide what is asked.
-            digest: of the backbone's weights.
+            digest: of the backbone's own weights; an adapter's are looked at here.
             folder: where caches lie, by default in the user's cache folder.
+            answers: what looks before the last are told; None to keep first looks alone.
         """
         assert model.requester is not None
         self.model = model
         self.folder = folder or cache_dir() / "requests"
+        self.answers = answers if _injection_is_constant(model) else None
+        read_with = [model.slots.request]
+        read_with += [] if model.backbone.lora is None else model.backbone.lora.parameters()
         self.key = hashlib.sha256(
             repr(
                 (
                     digest,
                     model.planner.template,
-                    model.config.prompt.model_dump(),
-                    model.config.layout.model_dump(),
+                    # Only what was set: an option that is new keeps what is there.
+                    model.config.prompt.model_dump(exclude_defaults=True),
+                    model.config.layout.order,
                     model.requester.layer,
                 )
             ).encode()
-            + model.slots.request.detach().float().cpu().numpy().tobytes()
+            + b"".join(p.detach().float().cpu().numpy().tobytes() for p in read_with)
         ).hexdigest()
-        self._known: dict[tuple[str, int], Tensor] = {}
+        self._known: dict[tuple[str, int, tuple[str, ...]], Tensor] = {}
 
     def add(
         self,
@@ -91,48 +138,92 @@ class RequestCache:
             features: gives the features of some examples, for the shape of their prompts.
             report: receives how many of how many are done.
         """
-        wanted = {(e.question, len(e.images)): e for e in examples}
-        names = hashlib.sha256("\0".join(f"{q}\1{n}" for q, n in sorted(wanted)).encode())
-        path = self.folder / f"{self.key[:16]}-{names.hexdigest()[:16]}.safetensors"
+        every = list(examples)
+        for look in range(self._looks(every)):
+            rows = looking(every, self.model.config.layout, look)
+            self._add([every[i] for i in rows], look, features, report)
+
+    def _add(
+        self,
+        examples: Sequence[Example],
+        look: int,
+        features: Callable[[Sequence[Example]], VisualFeatures],
+        report: Callable[[int, int], None] | None,
+    ) -> None:
+        wanted = {self._place(e, look): e for e in examples}
+        names = hashlib.sha256(
+            "\0".join("\1".join((q, str(n), *told)) for q, n, told in sorted(wanted)).encode()
+        )
+        key = self.key
+        if look:
+            key = hashlib.sha256(key.encode() + self._injection()).hexdigest()
+        path = self.folder / f"{key[:16]}-{names.hexdigest()[:16]}.safetensors"
         keys = sorted(wanted, key=lambda k: (len(k[0]), k))
         if path.is_file():
             from safetensors.torch import load_file
 
             hidden = load_file(path)["hidden"]
         else:
-            hidden = self._compute([wanted[key] for key in keys], features, report)
+            hidden = self._compute([wanted[key] for key in keys], look, features, report)
             from safetensors.torch import save
 
             self.folder.mkdir(parents=True, exist_ok=True)
             atomic_write(path, save({"hidden": hidden}))
         self._known.update(zip(keys, hidden, strict=True))
 
-    def get(self, examples: Sequence[Example]) -> Tensor:
-        """Return (B, R, D) for examples that were added."""
-        return torch.stack([self._known[e.question, len(e.images)] for e in examples])
+    def get(self, examples: Sequence[Example]) -> list[Tensor]:
+        """Return by look (B, R, D) for those of the examples, which were added, that have it."""
+        layout = self.model.config.layout
+        return [
+            torch.stack([self._known[self._place(examples[i], look)] for i in rows])
+            for look in range(self._looks(examples))
+            if (rows := looking(examples, layout, look))
+        ]
 
     def all(self) -> Tensor:
-        """Return (n, R, D) of all distinct questions."""
-        return torch.stack(list(self._known.values()))
+        """Return (n, R, D) of the first looks of all distinct questions."""
+        return torch.stack([hidden for (*_, told), hidden in self._known.items() if not told])
+
+    def _looks(self, examples: Sequence[Example]) -> int:
+        """How many looks are constant."""
+        if self.answers is None:
+            return 1
+        return max(len(targets(e, self.model.config.layout)) for e in examples)
+
+    def _place(self, example: Example, look: int) -> tuple[str, int, tuple[str, ...]]:
+        told = targets(example, self.model.config.layout)[:look]
+        return example.question, len(example.images), told
+
+    def _injection(self) -> bytes:
+        """Everything that decides how the looks before are told what they found."""
+        assert self.answers is not None
+        assert self.model.injector is not None
+        parts = [self.answers.directions, self.model.slots.dynamic]
+        parts += self.model.injector.state_dict().values()
+        layout = self.model.config.layout.model_dump_json(exclude_defaults=True)
+        return layout.encode() + b"".join(p.detach().float().cpu().numpy().tobytes() for p in parts)
 
     @torch.no_grad()
     def _compute(
         self,
         examples: Sequence[Example],
+        look: int,
         features: Callable[[Sequence[Example]], VisualFeatures],
         report: Callable[[int, int], None] | None,
     ) -> Tensor:
         found = []
-        order = self.model.config.layout.order
         for start in range(0, len(examples), _BATCH):
             some = examples[start : start + _BATCH]
-            plans = [
-                self.model.planner.plan(Prompt.ask(e.question, e.images, order=order)) for e in some
-            ]
-            percept = self.model.perceive(
-                [], [e.question for e in some], features(some).to(self.model.backbone.device)
+            pictures = features(some).to(self.model.backbone.device)
+            found.append(
+                read_requests(self.model, some, pictures, look, self.answers).float().cpu()
             )
-            found.append(self.model.engine.hidden_at_request(plans, percept).float().cpu())
             if report:
                 report(start + len(some), len(examples))
         return torch.cat(found)
+
+
+def _injection_is_constant(model: IPN) -> bool:
+    assert model.injector is not None
+    trained = [model.slots.dynamic, *model.injector.parameters()]
+    return not any(p.requires_grad for p in trained)

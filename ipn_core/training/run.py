@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from ipn_core.checkpoint import open_source, save
-from ipn_core.config import load_yaml, set_by_path
+from ipn_core.config import load_yaml
 from ipn_core.errors import ConfigError
-from ipn_core.files import atomic_write
+from ipn_core.files import atomic_write, remove_unfinished
 from ipn_core.plugins import Registry, get_registry
 from ipn_core.training.checks import FrozenBackbone, check_stages
-from ipn_core.training.config import DataConfig, TrainConfig
-from ipn_core.training.data import Data
+from ipn_core.training.config import TrainConfig
+from ipn_core.training.data import Data, DataSource
 from ipn_core.training.features import FeatureCache
 from ipn_core.training.loop import StageRun
-from ipn_core.training.report import Metrics, Moving, bar, plot
+from ipn_core.training.parameters import trainable
+from ipn_core.training.processes import accelerate, agree, sharded, whole
+from ipn_core.training.report import Log, Moving, bar, plot
 from ipn_core.training.requests import backbone_digest
-from ipn_core.training.state import Position, load_state, peek, save_state
+from ipn_core.training.state import (
+    Position,
+    collect,
+    load_moments,
+    load_state,
+    peek,
+    save_state,
+    weights_of,
+)
+from ipn_core.training.stream import open_data
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Training", "read_config", "train"]
 
+BEST = "best"
 CONFIG = "train.json"
 
 
@@ -62,15 +77,15 @@ def train(
     config_path = Path(config_path)
     config = read_config(config_path, overrides)
     folder = out or Path("runs") / config_path.stem
-    return Training(config, folder, resume=resume).run()
+    words = [str(config_path), *overrides, *(["--resume"] if resume else [])]
+    words += [] if out is None else ["--out", str(out)]
+    hint = f"in several processes: accelerate launch -m ipn_core.training {shlex.join(words)}"
+    return Training(config, folder, resume=resume, hint=hint).run()
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML config and lay overrides over it."""
-    values = load_yaml(path)
-    for assignment in overrides:
-        set_by_path(values, assignment)
-    return TrainConfig.parse(values, str(path))
+    return TrainConfig.parse(load_yaml(path, overrides), str(path))
 
 
 class Training:
@@ -85,6 +100,7 @@ class Training:
         registry: Registry | None = None,
         console: Console | None = None,
         model: IPN | None = None,
+        hint: str = "",
     ) -> None:
         """Check everything that can be checked before anything is loaded or written.
 
@@ -95,16 +111,19 @@ class Training:
             registry: where names are looked up.
             console: where progress goes, by default stderr.
             model: a ready one with new weights, else it is built from the config.
+            hint: what to say at the start of a training in one process.
         """
         self.config = config
         self.folder = folder
         self.registry = registry or get_registry()
         self.console = console or Console(stderr=True)
+        free = {"workers", "save_every", "keep", "log_every", "trackers", "checkpointing"}
         self.digest = hashlib.sha256(
-            json.dumps(config.model_dump(mode="json", exclude={"save_every", "log_every"})).encode()
+            json.dumps(config.model_dump(mode="json", exclude=free)).encode()
         ).hexdigest()
         self.position = self._position(resume)
         self._model = model
+        self._hint = hint
         for stage in config.stages:
             for name in stage.objectives:
                 self.registry.get("objective", name)
@@ -134,23 +153,38 @@ class Training:
         from accelerate.utils import set_seed
 
         accelerator = self._accelerator()
+        if not accelerator.is_main_process:
+            self.console = Console(quiet=True)
+        agree(accelerator, (self.position.stage, self.position.step), self.folder)
         if accelerator.scaler is not None and self.position.scaler is not None:
             accelerator.scaler.load_state_dict(self.position.scaler)
         set_seed(self.config.seed)
-        model = self._build().to(accelerator.device)
-        if (self.position.stage, self.position.step) > (0, 0):
-            load_state(self.folder, model, None, {})
-        data, validation = self._open(self.config.data), self._open(self.config.validate_on)
+        begun = (self.position.stage, self.position.step) > (0, 0)
+        model = self._load(accelerator, begun)
+        workers = self.config.workers
+        data = [open_data(entry, self.registry, workers) for entry in self.config.data]
+        validation = [Data(entry, self.registry, True) for entry in self.config.validate_on]
         left = self.config.stages[self.position.stage :]
         check_stages(left, model, data, self.registry, self.config.seed)
+        if self._hint and accelerator.num_processes == 1:
+            self._note(self._hint)
         frozen = FrozenBackbone(model)
-        self._encode([*data, *validation], accelerator, model)
+        self._encode([*data, *validation], model)
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n"
-        atomic_write(self.folder / CONFIG, text.encode())
-        self.metrics = Metrics(self.folder, self.position.stage, self.position.step)
+        if accelerator.is_main_process:
+            remove_unfinished(self.folder)
+            text = json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n"
+            atomic_write(self.folder / CONFIG, text.encode())
+        log = Log(self.folder, self.position, self.config, accelerator)
         digest = cache(partial(backbone_digest, model))
+        trained: nn.Module = model
+        parted = sharded(accelerator)
         for index in range(self.position.stage, len(self.config.stages)):
+            if parted and index > self.position.stage:
+                # What is sharded for a stage stays so; the next one begins with what it saved.
+                accelerator.wait_for_everyone()
+                model = self._load(accelerator, begun=True)
+                frozen, digest = FrozenBackbone(model), cache(partial(backbone_digest, model))
             run = StageRun(
                 self.config.stages[index],
                 model,
@@ -161,29 +195,42 @@ class Training:
                 seed=self.config.seed,
                 digest=digest,
             )
-            self._stage(index, run, data, validation, accelerator)
-        frozen.check()
-        self._note("the backbone is unchanged: its text-only logits are equal bit for bit")
+            self._stage(index, run, data, validation, accelerator, log)
+            self.cache.flush()
+            accelerator.free_memory()
+            trained = run.losses
+        with whole(trained):
+            self._note(frozen.check())
         target = self.folder / "model"
-        if accelerator.is_main_process:
-            save(model, target, getattr(torch, self.config.save_dtype))
-            plot(self.metrics)
+        self._save(model, target, accelerator)
+        if log.metrics is not None:
+            plot(log.metrics)
+        if log.best is not None:
+            self._note(
+                f"best: '{self.folder / BEST}', of stage '{log.best['stage']}', step "
+                f"{log.best['step']}: {100 * log.best['accuracy']:.1f} % of the validation examples"
+            )
+        log.close()
         self._note(f"trained: '{target}'. Ask it with: ipn ask IMAGE QUESTION --model {target}")
         return target
 
     # -- parts -----------------------------------------------------------------------------------
 
     def _accelerator(self) -> Accelerator:
-        from accelerate import Accelerator
+        return accelerate(self.config.precision, self.config.trackers, self.folder)
 
-        precision = self.config.precision
-        try:
-            return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-        except ValueError as error:
-            # fp16 without a GPU, or a process that has trained in another precision.
-            raise ConfigError(
-                f"precision {precision} cannot be used in this process: {error}"
-            ) from None
+    def _load(self, accelerator: Accelerator, begun: bool) -> IPN:
+        """Build the model, with the weights of the saved state if the training has `begun`."""
+        model = self._build().to(accelerator.device)
+        model.backbone.checkpointing = self.config.checkpointing
+        if begun:
+            load_state(self.folder, model)
+        return model
+
+    def _save(self, model: IPN, target: Path, accelerator: Accelerator) -> None:
+        weights = weights_of(collect(model, None, {}))
+        if accelerator.is_main_process:
+            save(model, target, getattr(torch, self.config.save_dtype), weights)
 
     def _build(self) -> IPN:
         from ipn_core.model import IPN
@@ -194,7 +241,8 @@ class Training:
         if self.config.start_from is not None:
             source = open_source(self.config.start_from, self.registry)
             there = model.strategy in source.strategies
-            source.fill(model, model.strategy if there else source.strategies[0])
+            anew = trainable(model, self.config.anew)
+            source.fill(model, model.strategy if there else source.strategies[0], anew)
         return model
 
     def _model_config(self) -> dict[str, Any]:
@@ -202,38 +250,39 @@ class Training:
         taken = {} if base is None else open_source(base, self.registry).base(self.registry)
         return {**taken, **self.config.model}
 
-    def _open(self, entries: Sequence[DataConfig]) -> list[Data]:
-        return [Data(entry, self.registry, training=True) for entry in entries]
-
-    def _encode(self, data: Sequence[Data], accelerator: Accelerator, model: IPN) -> None:
-        self.cache = FeatureCache(model.encoder)
+    def _encode(self, data: Sequence[DataSource], model: IPN) -> None:
+        self.cache = FeatureCache(model.encoder, note=self._note)
         with bar(self.console) as progress:
             for one in data:
                 task = progress.add_task(
                     f"pictures of {one.name} {one.split}", total=len(one.pictures), note=""
                 )
-                with accelerator.local_main_process_first():
-                    one.encode(self.cache, Moving(progress, task))
+                one.encode(self.cache, Moving(progress, task))
 
     def _stage(
         self,
         index: int,
         run: StageRun,
-        data: list[Data],
+        data: list[DataSource],
         validation: list[Data],
         accelerator: Accelerator,
+        log: Log,
     ) -> None:
         stage = run.stage
+        resumed = index == self.position.stage and self.position.step > 0
+        if resumed:
+            run.step = self.position.step
+            if self.position.windows is not None:
+                run.sampler.resume(self.position.windows)
         with bar(self.console) as progress:
             task = progress.add_task("questions read by the LLM", total=None, note="")
             run.read_requests([*data, *validation], Moving(progress, task))
-        resumed = index == self.position.stage and self.position.step > 0
-        if resumed:
-            load_state(self.folder, run.model, run.optimizer, run.names)
-            run.step = self.position.step
-        elif index == 0 and self.config.start_from is None:
+        if not resumed and index == 0 and self.config.start_from is None:
             run.fit()
-        if not resumed:
+        run.prepare()
+        if resumed:
+            load_moments(self.folder, run.optimizer, run.names)
+        else:
             self._note(run.check())
         self._note_unjudged(run, validation)
         with bar(self.console) as progress:
@@ -243,9 +292,8 @@ class Training:
                 entry = run.advance()
                 note = f"loss {entry['loss']:.3f}, {entry['examples_per_s']:.0f} examples/s"
                 progress.update(task, completed=run.step, note=note)
-                if accelerator.is_main_process:
-                    seconds = round(time.perf_counter() - started, 2)
-                    self._after(index, run, {**entry, "seconds": seconds}, validation, accelerator)
+                entry["seconds"] = round(time.perf_counter() - started, 2)
+                self._after(index, run, entry, validation, accelerator, log)
 
     def _after(
         self,
@@ -254,27 +302,40 @@ class Training:
         entry: dict[str, float],
         validation: list[Data],
         accelerator: Accelerator,
+        log: Log,
     ) -> None:
         """Log, validate and save, where a step is due for it."""
         stage = run.stage
         here = {"stage": stage.name, "stage_index": index, "step": run.step}
         if run.done or run.step % self.config.log_every == 0:
-            self.metrics.write(**here, **entry)
+            log.write(here, entry)
         if run.done or (stage.validate_every and run.step % stage.validate_every == 0):
-            self._validate(run, validation, here)
-        scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-        if run.done:
-            at = Position(index + 1, 0, self.digest, scaler)
-            save_state(self.folder, at, run.model, None, {})
-        elif run.step % self.config.save_every == 0:
-            at = Position(index, run.step, self.digest, scaler)
-            save_state(self.folder, at, run.model, run.optimizer, run.names)
-
-    def _validate(self, run: StageRun, validation: list[Data], here: dict[str, Any]) -> None:
-        found = run.validate(validation)
-        if found is None:
+            found = run.validate(validation)
+            if found is not None:
+                self._validated(run, here, found, accelerator, log)
+        if not run.done and run.step % self.config.save_every:
             return
-        self.metrics.write(**here, **found)
+        if run.done:
+            at, tensors = Position(index + 1, 0, self.digest), collect(run.model, None, {})
+        else:
+            windows = run.sampler.state(run.step * stage.accumulate)
+            at = Position(index, run.step, self.digest, windows=windows)
+            tensors = collect(run.model, run.optimizer, run.names)
+        if accelerator.is_main_process:
+            scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+            save_state(self.folder, replace(at, scaler=scaler), tensors, self.config.keep)
+
+    def _validated(
+        self,
+        run: StageRun,
+        here: dict[str, Any],
+        found: dict[str, Any],
+        accelerator: Accelerator,
+        log: Log,
+    ) -> None:
+        """Log a validation, and keep the model if it is the best of its stage."""
+        if log.write(here, found):
+            self._save(run.model, self.folder / BEST, accelerator)
         by_type = ", ".join(f"{name} {100 * a:.1f}" for name, a in found["by_type"].items())
         self._note(
             f"{run.stage.name}, step {run.step}: {100 * found['accuracy']:.1f} % of the "

@@ -43,6 +43,7 @@ def test_chat_refuses_a_wrong_picture_before_it_starts(home: Path, ipn: Callable
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.slow
 def test_ctrl_c_ends_a_chat_quietly(
     home: Path, fake_plugin: Callable[[str, str], dict[str, str]]
 ) -> None:

@@ -97,6 +97,7 @@ def test_plugins_for_people(
     assert "backbone:    llama, vicuna" in run.out
 
 
+@pytest.mark.slow
 def test_a_plugin_that_raises_on_import_does_not_stop_ask(
     home: Path, fake_plugin: Callable[[str, str], dict[str, str]]
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_component_that_raises_on_import_is_named(
     assert_refused(run, "interaction 'broken-cli' of broken-cli local", "No module named")
 
 
+@pytest.mark.slow
 def test_doctor_survives_a_plugin_that_ends_its_process(
     fake_plugin: Callable[[str, str], dict[str, str]],
 ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -22,10 +23,14 @@ def test_train_hands_its_words_on(monkeypatch: pytest.MonkeyPatch, ipn: Callable
     monkeypatch.setitem(sys.modules, "ipn_core.training.run", run_module)
     run = ipn("train", "a.yaml")
     assert (run.code, run.out) == (0, "trained\n")
-    assert ipn("train", "a.yaml", "x.y=1", "z=[2]", "--resume", "--out", "there").code == 0
+    words = ("a.yaml", "x.y=1", "z=[2]", "--resume", "--out", "there")
+    assert ipn("train", *words).out == "trained\n"
+    monkeypatch.setenv("RANK", "1")  # one process of several: another one says it
+    run = ipn("train", *words)
+    assert (run.code, run.out, run.err) == (0, "", "")
     assert calls == [
         (Path("a.yaml"), [], False, None),
-        (Path("a.yaml"), ["x.y=1", "z=[2]"], True, Path("there")),
+        *2 * [(Path("a.yaml"), ["x.y=1", "z=[2]"], True, Path("there"))],
     ]
 
 
@@ -45,3 +50,14 @@ def test_out_must_be_a_folder(
     run = ipn("train", "a.yaml", "--out", tmp_path / out)
     assert_refused(run, f"--out '{tmp_path / out}' ", reason)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_the_module_that_launchers_start_is_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ipn_core.training", "none.yaml", "--out", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("ipn: ")
+    assert "none.yaml" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -13,6 +13,8 @@ from torch import nn
 
 from ipn_core.attention import attend
 from ipn_core.config import Config
+from ipn_core.hooks import hookimpl
+from ipn_core.plugins import add_plugin, get_registry
 from ipn_core.stages import VisualMessage
 from ipn_core.testing.contracts import ContractError, InteractionContract
 from ipn_core.testing.interactions import TinyInteractionConfig, TinyLook
@@ -52,6 +54,24 @@ class WrongDtype(Good):
 class Leaks(Good):
     def forward(self, request: Any, features: Any) -> VisualMessage:
         mean = self.value(features.padded()[0]).mean(1, keepdim=True)
+        return VisualMessage(super().forward(request, features).values + mean)
+
+
+class Trusts(Good):
+    """Takes for granted what padding holds."""
+
+    def forward(self, request: Any, features: Any) -> VisualMessage:
+        patches, mask = features.padded()
+        mean = patches.sum(1, keepdim=True) / mask.sum(1)[:, None, None]
+        return VisualMessage(super().forward(request, features).values + self.value(mean))
+
+
+class Splits(Good):
+    """Takes for granted that no patch is another sample's."""
+
+    def forward(self, request: Any, features: Any) -> VisualMessage:
+        parts = features.values[-sum(features.lengths) :].split(features.lengths)
+        mean = torch.stack([self.value(part).mean(0, keepdim=True) for part in parts])
         return VisualMessage(super().forward(request, features).values + mean)
 
 
@@ -114,6 +134,8 @@ BREAKS = {
     WrongShape: ("test_shape_and_dtype", "shape and dtype", r"\(4, 2, 16\), expected"),
     WrongDtype: ("test_shape_and_dtype", "shape and dtype", r"torch.float32, not torch.bfloat16"),
     Leaks: ("test_padding_cannot_leak", "padding cannot leak", "differ by"),
+    Trusts: ("test_padding_cannot_leak", "padding cannot leak", "differ by"),
+    Splits: ("test_padding_cannot_leak", "padding cannot leak", "differ by"),
     Mixes: ("test_order_of_the_batch", "order of the batch", "differ by"),
     Deaf: ("test_the_request_decides", "the request decides", "both messages are equal"),
     Unused: ("test_every_parameter_learns", "every parameter learns", "'spare.weight' gets no"),
@@ -151,6 +173,30 @@ def test_a_plugin_that_imports_torch_at_its_top_is_told_so(
         ContractError, match=r"(?s)imports are cheap.*'import heavyplugin' imports torch"
     ):
         contract(InteractionContract, heavy).test_imports_are_cheap()
+
+
+def test_a_plugin_that_imports_xformers_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "xformers.py").touch()
+    (tmp_path / "eagerplugin").mkdir()
+    (tmp_path / "eagerplugin" / "__init__.py").touch()
+    (tmp_path / "eagerplugin" / "film.py").write_text("import xformers\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    eager = type("Eager", (Good,), {"__module__": "eagerplugin.film"})
+    seen = r"(?s)imports are cheap.*'import eagerplugin.film' imports xformers.*What to do: "
+    with pytest.raises(ContractError, match=seen):
+        contract(InteractionContract, eager).test_imports_are_cheap()
+
+
+def test_a_faulty_backend_of_somebody_else_breaks_no_contract() -> None:
+    class Gone:
+        @hookimpl
+        def register(self, registry: Any) -> None:
+            registry.attention("gone", "no_such_module:Backend")
+
+    add_plugin(get_registry(), "gone", Gone())
+    check(contract(InteractionContract, Good), "test_attention_backends_agree")
 
 
 def test_every_clause_has_a_plugin_that_breaks_it() -> None:

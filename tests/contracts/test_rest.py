@@ -135,6 +135,10 @@ def careless(
 tiny_extend = type(tiny_backbone("llama")).extend
 
 
+def single(self: Any, last: Any) -> Any:
+    return self.lm.get_output_embeddings()(last)
+
+
 def train(self: Any, mode: bool = True) -> Any:
     self.lm.train(mode)
     return self
@@ -145,6 +149,12 @@ BACKBONES = [
     ({"extend": forgetful}, "test_segments_equal_the_whole", "differ by"),
     ({"extend": careless}, "test_padding_on_the_left_changes_nothing", "differ by"),
     ({"train": train}, "test_it_stays_frozen", "train mode"),
+    ({"logits": single}, "test_shape_and_dtype", "logits are torch.bfloat16, not float32"),
+    (
+        {"layers": property(lambda self: list(self.lm.model.layers)[::-1])},
+        "test_each_layer_can_be_changed",
+        "differ by",
+    ),
     (
         {"template": "{% for m in messages[:1] %}{{ m['content'] }}{% endfor %}"},
         "test_its_chat_format_shows_every_turn_once",

@@ -5,18 +5,21 @@ Pictures are two colours side by side. Asked are the colour of a side and the si
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kills import PACE
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
@@ -25,24 +28,32 @@ import ipn_core.testing.plugin
 from ipn_core.hooks import hookimpl
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry, add_plugin, discover
+from ipn_core.prompt import Prompt
 from ipn_core.tasks import Example, Picture, Task
 from ipn_core.testing.tiny import tiny_backbone
 from ipn_core.training.config import TrainConfig
+from ipn_core.training.data import Batch
 from ipn_core.training.loop import StageRun
 from ipn_core.training.run import Training
 
 COLOURS = {"red": (220, 20, 30), "tan": (210, 180, 140), "sky": (90, 170, 250), "ink": (20, 20, 60)}
+STOPPED = 77
+"""How a process ends that was told to stop."""
 ALIGNED = ["interact.request_in", "interact.request_mlp", "interact.guide.patch_in"]
 ALIGNED += ["interact.guide.patch_out", "interact.guide.named"]
 
 
 class Colours(Task):
-    """Twelve pictures, four questions each; the last three pictures are `val` and `test`."""
+    """Twelve pictures, four questions each; the last three pictures are `val` and `test`.
+
+    Where a colour is may need a second look, after one that finds the colour.
+    """
 
     splits = ("train", "val", "test")
 
-    def __init__(self, named: bool = True) -> None:
+    def __init__(self, named: bool = True, looks: int = 0) -> None:
         self.named = named
+        self.looks = looks
 
     def examples(self, split: str) -> list[Example]:
         self.check_split(split)
@@ -56,7 +67,15 @@ class Colours(Task):
         rows = [(f"Colour {side}?", colour, "colour", ()) for side, colour in sides.items()]
         rows += [(f"Where is {colour}?", side, "side", (colour,)) for side, colour in sides.items()]
         return [
-            Example(q, (a,), (picture,), kind, names if self.named else (), pair)
+            Example(
+                q,
+                (a,),
+                (picture,),
+                kind,
+                names if self.named else (),
+                pair,
+                *((self.looks, names[:1]) if self.looks and names else ()),
+            )
             for q, a, kind, names in rows
         ]
 
@@ -169,8 +188,79 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, calls: int, act: Callable[[StageRun
     monkeypatch.setattr(StageRun, "advance", counted)
 
 
+def without_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mask every answer, so that no token of it is to be learned."""
+    prompts = Batch.prompts
+
+    def masked(self: Batch, model: IPN) -> list[Prompt]:
+        return [
+            Prompt(tuple(dataclasses.replace(turn, learn=False) for turn in prompt.turns))
+            for prompt in prompts(self, model)
+        ]
+
+    monkeypatch.setattr(Batch, "prompts", masked)
+
+
+def alike() -> pytest.MonkeyPatch:
+    """Let AdamW leave alone what has no gradient but rounding, until this is undone.
+
+    Along some weights a loss is flat, such as the bias of an attention's keys. Rounding differs
+    with the order of sums, and AdamW makes steps of the full rate of it, whatever its size; the
+    larger epsilon keeps it from that, and changes little else about a step.
+    """
+    patch = pytest.MonkeyPatch()
+    patch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-5))
+    return patch
+
+
+def pace_steps(seconds: float) -> None:
+    """Let every optimizer step of this process take some time more."""
+    advance = StageRun.advance
+
+    def slowly(run: StageRun) -> dict[str, float]:
+        time.sleep(seconds)
+        return advance(run)
+
+    StageRun.advance = slowly  # type: ignore[method-assign]
+
+
+def share_weights_out() -> None:
+    """Let accelerate use FSDP2 on the CPU, which it would do on GPUs alone."""
+    import accelerate
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    make = accelerate.Accelerator
+
+    def accelerator(**options: Any) -> accelerate.Accelerator:
+        made = make(**options)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+        )
+        if made.mixed_precision != "no":
+            plugin.set_mixed_precision(made.mixed_precision)
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        made.state.distributed_type, made.state.fsdp_plugin = DistributedType.FSDP, plugin
+        return made
+
+    accelerate.Accelerator = accelerator  # type: ignore[assignment, misc]
+    prepare = StageRun.prepare
+
+    def prepared(run: StageRun) -> None:
+        prepare(run)
+        layers = run.model.backbone.lm.model.layers
+        parts = [run.losses, *layers]
+        assert all(hasattr(part, "unshard") for part in parts), "not sharded by layers"
+
+    StageRun.prepare = prepared  # type: ignore[method-assign]
+
+
 def main(config: str, folder: str, rank: str | None = None) -> None:
     """Train in this process, going on from what is there.
+
+    Of several processes, all that differs between them is then shared out: see `alike`. The
+    environment's LESSON_STOP is the step before which the training is interrupted; with LESSON_FSDP
+    each process holds a part of every weight.
 
     Args:
         config: a JSON file.
@@ -179,7 +269,14 @@ def main(config: str, folder: str, rank: str | None = None) -> None:
             from different ones.
     """
     torch.set_num_threads(1)
+    pace_steps(float(os.environ.get(PACE, "0")))
     values = json.loads(Path(config).read_text())
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        alike()
+    if "LESSON_FSDP" in os.environ:
+        share_weights_out()
+    if stop := int(os.environ.get("LESSON_STOP", "0")):
+        stop_at(pytest.MonkeyPatch(), stop, lambda _: sys.exit(STOPPED))
     if rank is None:
         training(values, Path(folder), resume=True).run()
         return

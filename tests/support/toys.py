@@ -14,6 +14,7 @@ from ipn_core.model import IPN
 from ipn_core.plugins import Registry, add_plugin, discover
 from ipn_core.prompt import Prompt
 from ipn_core.stages import Connector
+from ipn_core.tasks import Picture
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
 
 FAMILIES = ("llama", "llama-gqa", "vicuna", "opt", "opt-projected")
@@ -124,3 +125,15 @@ def prompt_of(row: int, images: int, turns: int = 1, answer: str | None = None) 
         if turn < turns - 1:
             prompt = prompt.then_assistant("yes")
     return prompt if answer is None else prompt.then_assistant(answer, learn=True)
+
+
+SIZES = [(24, 24), (48, 24), (24, 48)]
+
+
+def pictures(count: int, first: int = 0) -> list[Picture]:
+    """Some of the same numbered pictures, of three shapes."""
+
+    def named(seed: int) -> Picture:
+        return Picture(f"p{seed}", lambda: picture(seed, SIZES[seed % 3]))
+
+    return [named(seed) for seed in range(first, first + count)]

@@ -46,13 +46,13 @@ def hidden_states(model: IPN, found: Whole, layer: int) -> Tensor:
     return (output.last_hidden_state if last else output.hidden_states[layer])[0]
 
 
-def whole(model: IPN, prompt: Prompt) -> Whole:
-    """Fill the slots of a prompt from left to right."""
+def whole(model: IPN, prompt: Prompt, more: tuple[Any, ...] = ()) -> Whole:
+    """Fill the slots of a prompt, and of pieces after it, from left to right."""
     plan = model.planner.plan(prompt)
     percept = model.perceive([plan.images], [plan.question])
     found = Whole(percept, torch.zeros(0, model.backbone.D_in))
     injection: Any = None
-    for piece in plan.pieces:
+    for piece in (*plan.pieces, *more):
         at = len(found.embeds)
         if isinstance(piece, Tokens):
             embeds = model.backbone.embed(torch.tensor(piece.ids))
@@ -188,6 +188,30 @@ def generate(model: IPN, prompt: Prompt, **options: Any) -> list[tuple[int, ...]
             **options,
         )
     return [trimmed(row, model.backbone.eos_ids) for row in found.tolist()]
+
+
+@torch.no_grad()
+def looking(
+    model: IPN, prompt: Prompt, tokens: int, choose: Any = lambda scores, text: scores.argmax()
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids of an answer that looks again, and how many of them come before each of its looks.
+
+    Prompt and answer are run again for each token and each look. `choose` maps the scores and the
+    ids of the text so far to the next id; like generate, it also chooses where a look comes.
+    """
+    ids: list[int] = []
+    looked: list[int] = []
+    while len(ids) < tokens and not (ids and ids[-1] in model.backbone.eos_ids):
+        turn = prompt.then_assistant(ids, looked=looked).turns[-1]
+        filled = whole(model, prompt, model.planner.said(turn, len(prompt.images)))
+        last = hidden_states(model, filled, -1)[-1]
+        chosen = int(choose(model.backbone.logits(last), filled.ids))
+        wants = model.look_head(last).sigmoid() > model.config.layout.look_threshold
+        if wants and len(looked) < model.config.layout.look_again and prompt.images:
+            looked.append(len(ids))
+        else:
+            ids.append(chosen)
+    return tuple(ids), tuple(looked)
 
 
 def trimmed(row: list[int], ends: tuple[int, ...]) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
+import pytest
 import torch
 
 from ipn_core.backbone import Backbone
@@ -85,6 +86,63 @@ class BackboneContract(ComponentContract):
             ]
             expected = backbone.lm(input_ids=ids, use_cache=False).logits
             same(backbone.logits(torch.cat(parts, dim=1)), expected, TIGHT)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+    @torch.no_grad()
+    def test_shape_and_dtype(self, dtype: torch.dtype) -> None:
+        """What comes out has the dtype of the weights, but for the logits, which are fp32."""
+        with clause(
+            "shape and dtype",
+            "leave the weights in the dtype they came in, and give float32 from `logits`.",
+        ):
+            backbone = self.build()
+            backbone.lm.to(dtype)
+            ids = self.ids(backbone)
+            embeds, positions = backbone.embed(ids), torch.arange(LENGTH).expand(2, -1)
+            last = backbone.extend(embeds, backbone.new_cache(), positions, None).last
+            for what, found in (("embeddings", embeds), ("hidden states", last)):
+                assert found.dtype == dtype, f"{what} are {found.dtype}, not {dtype}"
+            logits = backbone.logits(last)
+            vocabulary = backbone.lm.get_output_embeddings().weight.shape[0]
+            got, expected = tuple(logits.shape), (*ids.shape, vocabulary)
+            assert got == expected, f"logits are {got}, expected (B, T, vocabulary) = {expected}"
+            assert logits.dtype == torch.float32, f"logits are {logits.dtype}, not float32"
+            assert bool(logits.isfinite().all()), "logits are not finite"
+
+    @torch.no_grad()
+    def test_each_layer_can_be_changed(self) -> None:
+        """A call-back before a layer gets what the layer reads, and decides it."""
+        with clause(
+            "each layer can be changed",
+            "return from `layers` the decoder's own modules, in the order in which they run, each "
+            "called with the keyword position_ids.",
+        ):
+            backbone = self.build()
+            embeds = backbone.embed(self.ids(backbone))
+            positions = torch.arange(LENGTH).expand(2, -1)
+
+            def last() -> torch.Tensor:
+                return backbone.extend(embeds, backbone.new_cache(), positions, None).last
+
+            plain = last()
+            every = list(range(len(backbone.layers)))
+            read = backbone.extend(embeds, backbone.new_cache(), positions, None, every).hidden
+            met: list[int] = []
+
+            def watch(layer: int, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+                met.append(layer)
+                same(hidden, read[layer], TIGHT)
+                assert torch.equal(at.expand(2, -1), positions), "positions are other ones"
+                return hidden
+
+            with backbone.layer_callback(every, watch):
+                assert torch.equal(last(), plain), "a call-back that changes nothing does"
+            assert met == every, f"layers {every} were called as {met}"
+            for layer in every:
+                with backbone.layer_callback([layer], lambda layer, hidden, at: -hidden):
+                    alike = torch.allclose(last(), plain, rtol=1e-2)
+                assert not alike, f"what layer {layer} reads decides nothing"
+            assert torch.equal(last(), plain), "it is changed afterwards, too"
 
     @torch.no_grad()
     def test_padding_on_the_left_changes_nothing(self) -> None:

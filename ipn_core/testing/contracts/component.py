@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import subprocess
 import sys
 from typing import Any, ClassVar
 
 from ipn_core.config import Config
 from ipn_core.errors import ConfigError
-from ipn_core.plugins import Component, get_registry
+from ipn_core.plugins import KINDS, Component, get_registry
 from ipn_core.testing.contracts.clause import clause
 
 __all__ = ["ComponentContract"]
 
 _IMPORT = """
-import importlib, sys
-importlib.import_module(sys.argv[1])
-print(*sorted(name for name in sys.argv[2].split(",") if name in sys.modules))
+import importlib, json, sys
+
+def loaded(module):
+    before = set(sys.modules)
+    try:
+        importlib.import_module(module)
+    except BaseException as error:
+        return {"fault": f"{type(error).__name__}: {error}"}
+    heavy = {"torch", "transformers", "xformers"} & (set(sys.modules) - before)
+    return {"heavy": sorted(heavy)}
+
+print(json.dumps({module: loaded(module) for module in dict.fromkeys(sys.argv[1:])}))
 """
 
 
@@ -81,16 +92,34 @@ class ComponentContract:
             "module, and import xformers only where attention runs.",
         ):
             module = self.target().__module__
-            assert not _loaded(module, "xformers"), f"'import {module}' imports xformers"
             top = module.partition(".")[0]
-            heavy = _loaded(top, "torch,transformers,xformers")
+            found = _imports(top, *_modules(self.component(), module), file=_file(top))
+            for name in (top, module):
+                assert "fault" not in found[name], f"'import {name}' fails: {found[name]}"
+            heavy = ", ".join(found[top]["heavy"])
             assert not heavy, f"'import {top}' imports {heavy}"
+            assert "xformers" not in found[module]["heavy"], f"'import {module}' imports xformers"
 
 
-def _loaded(module: str, names: str) -> str:
-    """Which of some modules an import brings into a fresh process."""
+def _modules(component: Component, module: str) -> list[str]:
+    """The modules of all that a component's plugin registers: one process then serves them all."""
+    registry = get_registry()
+    every = [one for kind in KINDS for one in registry.entries(kind).values()]
+    targets = [one.target for one in every if one.plugin.name == component.plugin.name]
+    return sorted({module, *(t.partition(":")[0] for t in targets if isinstance(t, str))})
+
+
+def _file(module: str) -> str | None:
+    """Where a module lies: another one of the same name is another one."""
+    return getattr(sys.modules.get(module), "__file__", None)
+
+
+@functools.cache
+def _imports(*modules: str, file: str | None) -> dict[str, dict[str, Any]]:
+    """What each of some modules brings when they are imported one after the other, or its fault."""
     run = subprocess.run(
-        [sys.executable, "-c", _IMPORT, module, names], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _IMPORT, *modules], capture_output=True, text=True, check=False
     )
-    assert run.returncode == 0, f"'import {module}' fails: {run.stderr.strip()[-300:]}"
-    return run.stdout.strip()
+    assert run.returncode == 0, f"Python fails: {run.stderr.strip()[-300:]}"
+    found: dict[str, dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
+    return found

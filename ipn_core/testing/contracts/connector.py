@@ -30,12 +30,23 @@ class ConnectorContract(ModuleContract):
         made: Connector = self.make({**self.options, **more}, self.dims(), encoder)
         return made
 
-    def tokens(self, module: nn.Module, features: VisualFeatures) -> Sequence[Tensor]:
-        """The static tokens of each picture, (S, D_in) each; all are asked the same."""
-        questions = ["What is it?"] * features.batch
-        percept = module(PerceiveContext([[]] * features.batch, questions, features))
-        tokens: Sequence[Tensor] = percept.tokens
-        return tokens
+    def tokens(
+        self, module: nn.Module, features: VisualFeatures, questions: Sequence[str] = ()
+    ) -> Sequence[Tensor]:
+        """What each picture gets: static tokens (S, D_in), or features (P, Dv) if it has none.
+
+        Args:
+            module: the connector.
+            features: of the encoder.
+            questions: one a sample; by default all are asked the same.
+        """
+        asked = list(questions) or ["What is it?"] * features.batch
+        percept = module(PerceiveContext([[]] * features.batch, asked, features))
+        if percept.tokens is not None:
+            found: Sequence[Tensor] = percept.tokens
+            return found
+        made = percept.features
+        return [made.values[s.offset : s.offset + s.length] for s in made.images]
 
     def result(self, module: nn.Module) -> Tensor:
         """All tokens of a ragged batch, one after the other."""
@@ -43,22 +54,25 @@ class ConnectorContract(ModuleContract):
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
     def test_shape_and_dtype(self, dtype: torch.dtype) -> None:
-        """Each picture gets (S, D_in) tokens in the dtype of the weights."""
+        """Each picture gets (S, D_in) tokens in the dtype of the weights, or features (P, Dv)."""
         with clause(
             "shape and dtype",
             "return one (S, D_in) tensor a picture, in the order of `features.images`; S is the "
-            "property `static_tokens`, or anything where that is None.",
+            "property `static_tokens`, or anything where that is None. Where it is 0, return no "
+            "tokens, and features as wide as the property `width`.",
         ):
             module = self.build().to(dtype)
             seen = ragged(self.dims().Dv)
             tokens = self.tokens(module, seen.to(dtype=dtype))
             assert len(tokens) == len(seen.images), f"{len(tokens)} for {len(seen.images)} pictures"
+            wanted = module.static_tokens
+            expected = module.width if wanted == 0 else self.dims().D_in
             for one in tokens:
                 assert one.ndim == 2, f"tokens have {one.ndim} dimensions, expected (S, D_in)"
                 count, width = one.shape
-                wanted = module.static_tokens
-                assert wanted in (None, count), f"{count} tokens, `static_tokens` says {wanted}"
-                assert width == self.dims().D_in, f"tokens are {width} wide, not {self.dims().D_in}"
+                right = wanted in (None, 0, count)
+                assert right, f"{count} tokens, `static_tokens` says {wanted}"
+                assert width == expected, f"tokens are {width} wide, not {expected}"
                 assert one.dtype == dtype, f"tokens are {one.dtype}, not {dtype}"
                 assert bool(one.isfinite().all()), "tokens are not finite"
 
@@ -71,6 +85,23 @@ class ConnectorContract(ModuleContract):
             for number, tokens in zip(flat, together, strict=True):
                 (alone,) = self.tokens(module, ragged(self.dims().Dv, ((number,),)))
                 same(tokens, alone, TIGHT)
+
+    def test_order_of_the_batch(self) -> None:
+        """Samples in another order, with questions of their own, get theirs in that order."""
+        with clause(
+            "order of the batch",
+            "let a picture's tokens depend on no other sample, and on no question but its own "
+            "sample's, `context.questions[span.sample]`.",
+        ):
+            module, order, Dv = self.build(), [2, 0, 3, 1], self.dims().Dv
+            questions = [f"What is it{' now' * row}?" for row in range(len(SAMPLES))]
+            parts = iter(self.tokens(module, ragged(Dv), questions))
+            expected = [[next(parts) for _ in pictures] for pictures in SAMPLES]
+            turned = ragged(Dv, [SAMPLES[row] for row in order])
+            found = self.tokens(module, turned, [questions[row] for row in order])
+            wanted = [one for row in order for one in expected[row]]
+            for one, other in zip(found, wanted, strict=True):
+                same(one, other, TIGHT)
 
     def test_samples_may_share_a_picture(self) -> None:
         """Samples that share a picture's patches get what copies of them would get."""

@@ -18,7 +18,7 @@ from ipn_core.stages import (
 )
 from ipn_core.testing.contracts.clause import clause, same
 from ipn_core.testing.contracts.module import TIGHT, ModuleContract
-from ipn_core.testing.contracts.pictures import SAMPLES, ragged
+from ipn_core.testing.contracts.pictures import SAMPLES, disturbed, ragged
 
 __all__ = ["InjectorContract"]
 
@@ -151,6 +151,22 @@ class InjectorContract(ModuleContract):
             )
             same(_joined(self.parts(module, turned)), self.result(module)[order], TIGHT)
 
+    def test_padding_cannot_leak(self) -> None:
+        """A sample gets the same alone, in a ragged batch, and whatever the padding holds."""
+        with clause(
+            "padding cannot leak",
+            "honour `context.features.mask` between the layers: padded patches are never looked "
+            "at, nor counted in sums, means and maxima.",
+        ):
+            module, inputs = self.build(), self.inputs()
+            together, between = self.result(module), inputs.between
+            noisy = replace(between, features=disturbed(between.features))
+            found = _joined(self.parts(module, replace(inputs, between=noisy)))
+            same(found, together, TIGHT)
+            for index in range(BATCH):
+                alone = _joined(self.parts(module, _row(inputs, index)))
+                same(alone, together[index : index + 1], TIGHT)
+
     def test_what_is_injected_decides(self) -> None:
         """Another message or, without `needs_message`, another picture changes every part."""
         with clause(
@@ -230,6 +246,24 @@ class InjectorContract(ModuleContract):
             blind = replace(dims, K=0, M=0, Dm=0, D_request=0)
             if target.needs_message:
                 assert target.not_supported_reasons(config, blind), "no reason against no message"
+
+
+def _row(inputs: Inputs, index: int) -> Inputs:
+    """What an injector is called with for one sample of a batch."""
+    own, between = slice(index, index + 1), inputs.between
+    return Inputs(
+        VisualMessage(inputs.message.values[own]),
+        inputs.context,
+        inputs.hidden[own],
+        replace(
+            between,
+            positions=between.positions[own],
+            pictures=between.pictures[own],
+            features=between.features.select([index]),
+            looks=between.looks[own],
+            messages=between.messages[own],
+        ),
+    )
 
 
 def _joined(parts: dict[str, Tensor]) -> Tensor:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ipn_core.features import VisualFeatures
-from ipn_core.plugins import get_registry
 from ipn_core.stages import Request, VisualMessage
 from ipn_core.testing.contracts.clause import clause, same
 from ipn_core.testing.contracts.module import TIGHT, ModuleContract
-from ipn_core.testing.contracts.pictures import SAMPLES, ragged
+from ipn_core.testing.contracts.pictures import SAMPLES, disturbed, ragged
 
 __all__ = ["InteractionContract"]
 
@@ -71,17 +70,20 @@ class InteractionContract(ModuleContract):
             assert bool(message.values.isfinite().all()), "values are not finite"
 
     def test_padding_cannot_leak(self) -> None:
-        """Alone and in a ragged batch a sample gets the same message."""
+        """A sample gets the same alone, in a ragged batch, and whatever the padding holds."""
         with clause(
             "padding cannot leak",
             "honour `features.mask`: fill scores of padded patches with -inf (or a very small "
-            "number) before a softmax, and leave them out of means and maxima.",
+            "number) before a softmax, and leave them out of sums, means and maxima; take patches "
+            "from `padded()` or by the spans in `images`, for `values` may hold other samples'.",
         ):
-            module, asked = self.build(), self.request()
-            together = module(asked, self.features()).values
+            module, asked, seen = self.build(), self.request(), self.features()
+            together = module(asked, seen).values
+            same(module(asked, disturbed(seen)).values, together, TIGHT)
             for index, pictures in enumerate(SAMPLES):
-                alone = module(self.row(asked, index), self.features((pictures,))).values
-                same(together[index : index + 1], alone, TIGHT)
+                expected, own = together[index : index + 1], self.row(asked, index)
+                same(module(own, self.features((pictures,))).values, expected, TIGHT)
+                same(module(own, seen.select([index])).values, expected, TIGHT)
 
     def test_order_of_the_batch(self) -> None:
         """Samples in another order get their messages in that order."""
@@ -102,25 +104,6 @@ class InteractionContract(ModuleContract):
             asked = self.request(2)
             values = self.build()(asked, self.features((SAMPLES[1], SAMPLES[1]))).values
             assert not torch.allclose(values[0], values[1], rtol=1e-4), "both messages are equal"
-
-    def test_attention_backends_agree(self) -> None:
-        """Every attention backend that takes it gives what `eager` gives."""
-        if "backend" not in self.config_fields():
-            pytest.skip("it has no option 'backend' of ipn_core.attention")
-        with clause(
-            "attention backends agree",
-            "pass the option `backend` on to ipn_core.attention.attend, and masks with it.",
-        ):
-            from ipn_core.errors import AttentionUnavailableError
-
-            asked, seen = self.request(), self.features()
-            expected = self.build(backend="eager")(asked, seen).values
-            for name in get_registry().entries("attention"):
-                try:
-                    found = self.build(backend=name)(asked, seen).values
-                except AttentionUnavailableError:
-                    continue
-                same(found, expected, TIGHT)
 
     def test_its_map(self) -> None:
         """With `has_map`, rows of the map sum to 1 over real patches; else there is none."""

@@ -6,9 +6,12 @@ import copy
 from abc import abstractmethod
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from ipn_core.errors import AttentionUnavailableError, PluginError
+from ipn_core.plugins import get_registry
 from ipn_core.stages import Dims
 from ipn_core.testing.contracts.clause import clause, same
 from ipn_core.testing.contracts.component import ComponentContract
@@ -116,3 +119,19 @@ class ModuleContract(ComponentContract):
             torch.compiler.reset()
             compiled: Any = torch.compile(module, backend="eager")
             same(self.result(compiled), expected, TIGHT)
+
+    def test_attention_backends_agree(self) -> None:
+        """Every attention backend that takes it gives what `eager` gives."""
+        if "backend" not in self.config_fields():
+            pytest.skip("it has no option 'backend' of ipn_core.attention")
+        with clause(
+            "attention backends agree",
+            "pass the option `backend` on to ipn_core.attention.attend, and masks with it.",
+        ):
+            expected = self.result(self.build(backend="eager"))
+            for name in get_registry().entries("attention"):
+                try:
+                    found = self.result(self.build(backend=name))
+                except (AttentionUnavailableError, PluginError):
+                    continue  # it does not take it, or it is faulty itself
+                same(found, expected, TIGHT)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from ipn_core.features import VisualFeatures
 
-__all__ = ["SAMPLES", "patches", "ragged"]
+__all__ = ["SAMPLES", "disturbed", "patches", "ragged"]
 
 GRIDS = ((2, 3), (4, 4), (1, 5))
 SAMPLES = ((0,), (1, 2), (2,), (0, 1))
@@ -31,3 +32,20 @@ def ragged(width: int, samples: Sequence[Sequence[int]] = SAMPLES) -> VisualFeat
         [row for row, _ in flat],
         len(samples),
     )
+
+
+class _Disturbed(VisualFeatures):
+    """Features whose padding holds noise where others hold zeros."""
+
+    def spread(self, packed: Tensor) -> Tensor:
+        laid = super().spread(packed)
+        if not laid.is_floating_point():
+            return laid
+        real = self.mask.reshape(*self.mask.shape, *[1] * (laid.ndim - 2))
+        noise = torch.randn(laid.shape, generator=torch.Generator().manual_seed(17))
+        return torch.where(real, laid, noise.to(laid))
+
+
+def disturbed(features: VisualFeatures) -> VisualFeatures:
+    """Return the same features with noise in what `padded()` and `spread()` fill up with."""
+    return _Disturbed(*(getattr(features, part.name) for part in fields(features)))

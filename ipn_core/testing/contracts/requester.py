@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ipn_core.stages import Request, RequestContext
-from ipn_core.testing.contracts.clause import clause
-from ipn_core.testing.contracts.module import ModuleContract
+from ipn_core.testing.contracts.clause import clause, same
+from ipn_core.testing.contracts.module import TIGHT, ModuleContract
 
 __all__ = ["RequesterContract"]
 
@@ -16,9 +19,14 @@ BATCH = 4
 
 
 class RequesterContract(ModuleContract):
-    """Subclass it and name the requester: `class TestMine(RequesterContract): name = "mine"`."""
+    """Subclass it and name the requester: `class TestMine(RequesterContract): name = "mine"`.
+
+    Attributes:
+        borrows: whether it gives samples the requests of others on purpose, as an ablation does.
+    """
 
     kind = "requester"
+    borrows: ClassVar[bool] = False
 
     def context(self, dtype: torch.dtype = torch.float32) -> RequestContext:
         """Random hidden states (B, R, D) at `<img-q>`."""
@@ -46,6 +54,22 @@ class RequesterContract(ModuleContract):
             assert got == expected, f"values are {got}, expected (B, R, D) = {expected}"
             assert request.values.dtype == dtype, f"values are {request.values.dtype}, not {dtype}"
             assert bool(request.values.isfinite().all()), "values are not finite"
+
+    def test_order_of_the_batch(self) -> None:
+        """Samples in another order, or alone, get their requests."""
+        with clause(
+            "order of the batch",
+            "let no sample's request depend on another sample; where it is meant to, say "
+            "`borrows = True` in the contract.",
+        ):
+            if self.borrows:
+                return
+            module, context, order = self.build(), self.context(), [2, 0, 3, 1]
+            expected = self.result(module)
+            turned = replace(context, hidden=context.hidden[order], samples=order)
+            same(module(turned).values, expected[order], TIGHT)
+            alone = replace(context, hidden=context.hidden[:1], samples=[0])
+            same(module(alone).values, expected[:1], TIGHT)
 
     def test_its_layer_exists(self) -> None:
         """It reads a layer that the language model has."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from ipn_core.errors import DataError
+from ipn_core.errors import ConfigError, DataError
 from ipn_core.tasks import Example, Task, open_task
 from ipn_core.testing.contracts.clause import clause
 from ipn_core.testing.contracts.component import ComponentContract
@@ -32,6 +32,20 @@ class TaskContract(ComponentContract):
     def config_class(self) -> Any:
         """A task's options are the arguments of its class."""
         return None
+
+    def test_config_is_closed(self) -> None:
+        """An unknown option is refused and named."""
+        with clause(
+            "the config is closed",
+            "name every option in the signature of `__init__`; take no **options.",
+        ):
+            said = ""
+            try:
+                open_task(self.name, {**self.options, "no_such_option": 1})
+            except ConfigError as error:
+                said = str(error)
+            assert said, "the unknown option 'no_such_option' was taken"
+            assert "no_such_option" in said, f"the error does not name the option: {said}"
 
     def test_its_splits(self) -> None:
         """The default split is one of them, and an unknown one is refused with their names."""

@@ -20,7 +20,8 @@ from ipn_core.prompt import Prompt
 from ipn_core.stages import Dims, PerceiveContext
 from ipn_core.testing.contracts import ConnectorContract
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
-from ipn_core.training.checks import check_gradients, choose
+from ipn_core.training.checks import check_gradients
+from ipn_core.training.parameters import choose
 
 NOTHING = PerceiveContext([], [])
 SMALL: dict[str, Any] = {"tokens": 4, "depth": 2, "hidden": 12, "grid": 3}

@@ -19,7 +19,8 @@ from ipn_core.prompt import Prompt
 from ipn_core.testing.contracts import InjectorContract
 from ipn_core.testing.oracles import prompt_logits, randomise
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
-from ipn_core.training.checks import awake, check_gradients, trainable
+from ipn_core.training.checks import awake, check_gradients
+from ipn_core.training.parameters import trainable
 
 SMALL: dict[str, Any] = {
     "perceive": {"latents": 3, "depth": 1, "heads": 2, "head_width": 4},

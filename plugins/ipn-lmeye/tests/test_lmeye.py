@@ -21,7 +21,8 @@ from ipn_core.stages import Dims, InjectContext, Request
 from ipn_core.testing.contracts import InteractionContract
 from ipn_core.testing.oracles import assert_same, record_oracle
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
-from ipn_core.training.checks import check_gradients, choose
+from ipn_core.training.checks import check_gradients
+from ipn_core.training.parameters import choose
 
 TEXT = {
     "vocab_size": 60,

@@ -19,7 +19,8 @@ from ipn_core.testing.contracts import ConnectorContract
 from ipn_core.testing.contracts.pictures import ragged
 from ipn_core.testing.oracles import assert_same, randomise, record_oracle
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
-from ipn_core.training.checks import check_gradients, trainable
+from ipn_core.training.checks import check_gradients
+from ipn_core.training.parameters import trainable
 
 WIDTH = 20
 SMALL: dict[str, Any] = {"latents": 5, "depth": 2, "heads": 3, "head_width": 4}
@@ -36,6 +37,16 @@ class TestResampler(ConnectorContract):
         dims = self.dims()
         same = type(dims)(WIDTH, WIDTH, dims.D_hidden, dims.D_out)
         assert not list(self.make(SMALL, same, encoder).map.parameters())
+
+
+class TestNarrowResampler(ConnectorContract):
+    name = "resampler"
+    options = {**SMALL, "width": 6}  # noqa: RUF012 as declared
+
+    def test_it_is_as_wide_as_it_is_told(self) -> None:
+        module = self.build()
+        assert module.inner.weight.shape == (6, WIDTH)
+        assert module.resampler.latents.shape == (5, 6)
 
 
 def original(qk_norm: bool) -> IdeficsPerceiverResampler:

@@ -125,26 +125,43 @@ def test_padding_never_changes_the_result(guide: dict[str, Any] | None) -> None:
 
 
 @both
-def test_the_map_is_the_last_look_in_the_order_of_the_patches(guide: dict[str, Any] | None) -> None:
+def test_the_map_is_an_average_of_heads_in_the_order_of_the_patches(
+    guide: dict[str, Any] | None,
+) -> None:
     model, seen = build(guide), features((1, 2), (3,))
-    last = model.blocks[-1].cross_attention
     calls: list[Any] = []
-    last.register_forward_pre_hook(lambda m, args: calls.append(args))
+    # Guided: heads 0, 1 and 3 of both blocks; else all heads of the last one.
+    blocks, heads = (model.blocks, [0, 1, 3]) if guide else (model.blocks[-1:], [0, 1, 2, 3])
+    for block in blocks:
+        block.cross_attention.register_forward_pre_hook(lambda m, args: calls.append((m, *args)))
     attention = model(request(2), seen).attention
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, DIMS.K))
-    tokens, keys, _, lengths, log_maps, _ = calls[0]
-    order = seen.padded()[1]
-    assert torch.equal(torch.arange(order.shape[1]) < torch.tensor(lengths)[:, None], order)
-    queries = last.q(tokens).unflatten(-1, (last.heads, -1))
-    scores = torch.einsum("bmhk,bphk->bhmp", queries, keys) / keys.shape[-1] ** 0.5
-    if guide:
-        scores = scores + torch.einsum("hg,bgp->bhp", last.follow, log_maps).unsqueeze(2)
-    by_hand = scores.masked_fill(~order[:, None, None], float("-inf")).softmax(-1).mean(1)
-    torch.testing.assert_close(attention, by_hand[:, : DIMS.K], rtol=1e-4, atol=1e-6)
+    by_hand = []
+    for layer, tokens, keys, _, lengths, log_maps, _ in calls:
+        order = seen.padded()[1]
+        assert torch.equal(torch.arange(order.shape[1]) < torch.tensor(lengths)[:, None], order)
+        queries = layer.q(tokens).unflatten(-1, (layer.heads, -1))
+        scores = torch.einsum("bmhk,bphk->bhmp", queries, keys) / keys.shape[-1] ** 0.5
+        if guide:
+            scores = scores + torch.einsum("hg,bgp->bhp", layer.follow, log_maps).unsqueeze(2)
+        weights = scores.masked_fill(~order[:, None, None], float("-inf")).softmax(-1)
+        by_hand += [weights[:, head, : DIMS.K] for head in heads]
+    assert len(by_hand) == (6 if guide else 4)
+    expected = torch.stack(by_hand).mean(0)
+    torch.testing.assert_close(attention, expected, rtol=1e-4, atol=1e-6)
     # The keys of a row's first picture come first.
     alone = features((1,))
-    first, _ = last.keys_values(model._patches(alone), alone)
+    _, _, keys, *_ = calls[-1]
+    first, _ = model.blocks[-1].cross_attention.keys_values(model._patches(alone), alone)
     torch.testing.assert_close(keys[0, : first.shape[1]], first[0])
+
+
+@pytest.mark.parametrize(("heads", "guided"), [(1, [0]), (2, [0, 1]), (8, [0, 1, 3, 4, 6, 7])])
+def test_the_guided_heads_are_those_that_begin_with_a_map(heads: int, guided: list[int]) -> None:
+    config = RVIIConfig.parse({"width": 16, "heads": heads, "guide": GUIDE}, "interact")
+    for block in RVII(config, DIMS).blocks:
+        layer = block.cross_attention
+        assert layer.follow.any(1).nonzero()[:, 0].tolist() == guided == layer.guided
 
 
 @both
@@ -232,6 +249,19 @@ def test_asking_for_the_map_changes_no_message(guide: dict[str, Any] | None) -> 
     with_map = model(request(2), seen).values
     without = model(request(2, return_map=False), seen).values
     torch.testing.assert_close(with_map, without, rtol=1e-4, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_the_maps_of_earlier_blocks_are_taken_beside_their_looks(
+    guide: dict[str, Any] | None, backend: str
+) -> None:
+    model, seen = build(guide, depth=3, backend=backend), features((0,), (1, 2))
+    reached: list[Tensor] = []
+    model.blocks[-1].register_forward_pre_hook(lambda m, args: reached.append(args[0]))
+    for return_map in (True, False):
+        model(request(2, return_map=return_map), seen)
+    assert torch.equal(*reached)
 
 
 def test_noise_and_dropout_only_while_training() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ipn_static.static import StaticConfig
 from PIL import Image
 
 from ipn_core.errors import ConfigError, UserError
@@ -57,6 +58,8 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
         ({"pool": "mean"}, 1, (1, 1)),
         ({"pool": 2}, 4, (4, 4)),
         ({"pool": 5, "map": "mlp"}, 25, (25, 25)),
+        ({"tokens": 12}, 12, (12, 12)),
+        ({"tokens": 7, "map": "mlp"}, 7, (7, 7)),
     ],
 )
 def test_each_picture_gets_its_tokens(
@@ -178,3 +181,15 @@ def test_its_names_are_listed_without_importing_torch() -> None:
     assert "static" in registry.entries("strategy")
     code = "import sys, ipn_static; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parts"), [(1, (1, 1)), (7, (1, 7)), (9, (3, 3)), (12, (3, 4)), (24, (4, 6))]
+)
+def test_a_number_of_tokens_is_the_squarest_grid(tokens: int, parts: tuple[int, int]) -> None:
+    assert StaticConfig(tokens=tokens).parts == parts
+
+
+def test_two_numbers_of_tokens_are_refused() -> None:
+    with pytest.raises(ConfigError, match="pool and tokens both say"):
+        build(pool=2, tokens=4)

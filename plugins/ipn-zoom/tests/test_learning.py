@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from ipn_rvii.rvii import RVII, RVIIConfig
 from ipn_zoom.zoom import Zoom, ZoomConfig
 from lessons import lesson, metrics, save_llm, stage, stop_at, training, weights
+from safetensors.torch import load_file
 
 from ipn_core.features import VisualFeatures
 from ipn_core.stages import Dims, Request
@@ -69,6 +69,7 @@ def accuracy_after_training(interaction: RVII, steps: int = 100) -> float:
     return float((said == right).float().mean())
 
 
+@pytest.mark.slow
 def test_it_learns_where_to_look_and_what_is_there_and_rvii_cannot() -> None:
     torch.manual_seed(0)
     options = {"boxes": SIDE, "regions": 2}
@@ -101,6 +102,7 @@ def zooming(llm: Path) -> dict[str, Any]:
     return {**values, "model": model}
 
 
+@pytest.mark.slow
 def test_it_trains_on_cached_features_and_encodes_each_crop_once(
     llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,8 +114,8 @@ def test_it_trains_on_cached_features_and_encodes_each_crop_once(
         lambda self, images: encoded.append(len(images)) or encode(self, images),
     )
     training(zooming(llm), tmp_path / "run").run()
-    (index,) = (tmp_path / "cache" / "features").glob("*/index.jsonl")
-    keys = [json.loads(line)["key"] for line in index.read_text().splitlines()]
+    shards = (tmp_path / "cache" / "features").glob("*/*.safetensors")
+    keys = [key for shard in shards for key in load_file(shard)]
     assert len(set(keys)) == len(keys) == sum(encoded)
     assert 0 < sum("@" in key for key in keys) <= 4 * sum("@" not in key for key in keys)
     # Another run draws the same boxes, and finds all of them.
@@ -123,6 +125,7 @@ def test_it_trains_on_cached_features_and_encodes_each_crop_once(
     assert weights(tmp_path / "again") == weights(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 6])
 def test_an_interrupted_training_goes_on_to_the_same_weights(
     llm: Path, tmp_path: Path, step: int

@@ -145,20 +145,25 @@ def test_the_two_equations(record_property: Any) -> None:
     maps = torch.rand(1, 2, 16) * 0.01
     maps[0, 0, 3], maps[0, 1, 12] = 0.7, 0.5  # the corners right above and left below
     looks_at(zoom, maps)
-    given = read_with(zoom)
+    looks: list[Any] = []
+    for block in zoom.blocks:
+        block.cross_attention.register_forward_pre_hook(lambda m, args: looks.append((m, *args)))
     message = zoom(request(1), features)
     assert wanted == [(0, 0.5, 0.0, 1.0, 0.5), (0, 0.0, 0.5, 0.5, 1.0)]
-    tokens, keys, _, lengths, log_maps, _ = given[0]
+    _, _, _, _, lengths, log_maps, _ = looks[0]
     assert lengths == [16 + 2 * 3]
     torch.testing.assert_close(log_maps[:, :, :16], maps.log())
     quarters = maps.view(2, 2, 2, 2, 2).sum((2, 4)).log()
     torch.testing.assert_close(log_maps[0, :, 16:19], quarters[:, 0, 1, None].expand(-1, 3))
     torch.testing.assert_close(log_maps[0, :, 19:22], quarters[:, 1, 0, None].expand(-1, 3))
-    last = zoom.blocks[-1].cross_attention
-    queries = last.q(tokens).unflatten(-1, (last.heads, -1))
-    scores = torch.einsum("bmhk,bphk->bhmp", queries, keys) / keys.shape[-1] ** 0.5
-    scores = scores + torch.einsum("hg,bgp->bhp", last.follow, log_maps).unsqueeze(2)
-    weights = scores.softmax(-1).mean(1)[0, : DIMS.K]
+    by_hand = []
+    for layer, tokens, keys, *_ in looks:
+        queries = layer.q(tokens).unflatten(-1, (layer.heads, -1))
+        scores = torch.einsum("bmhk,bphk->bhmp", queries, keys) / keys.shape[-1] ** 0.5
+        scores = scores + torch.einsum("hg,bgp->bhp", layer.follow, log_maps).unsqueeze(2)
+        by_hand.append(scores.softmax(-1)[0, layer.guided, : DIMS.K].mean(0))
+    assert len(by_hand) == len(zoom.blocks)
+    weights = torch.stack(by_hand).mean(0)
     # A crop of one row and three columns of patches: each covers a third of two by two patches.
     expected = weights[:, :16].view(-1, 4, 4).clone()
     for start, y, x in ((16, 0, 2), (19, 2, 0)):

@@ -57,6 +57,12 @@ class RVII(Interaction):
     queries and request, cross-attention to the visual features, MLP. Ours are the position code of
     the patches, that several request tokens are first joined into one, that it is also added to
     every query, and the optional guide.
+
+    Its map (B, K, P) is an average of softmax weights of the cross-attention from the K queries to
+    the patches; rows sum to 1. Without a guide it is over all the heads of the last block. With a
+    guide of G maps it is, each counted alike, over those heads of all blocks that begin by
+    following one of them (h mod (G + 1) < G), however much they follow it after training. The other
+    heads, free to look elsewhere, are left out.
     """
 
     Config = RVIIConfig
@@ -94,7 +100,7 @@ class RVII(Interaction):
 
     @property
     def has_map(self) -> bool:
-        """Its last cross-attention."""
+        """Where its heads looked, as the class says."""
         return True
 
     def forward(self, request: Request, features: VisualFeatures) -> VisualMessage:
@@ -116,7 +122,7 @@ class RVII(Interaction):
             asked: (B, 1, W) what `asked` makes of a request.
             features: of the same B samples.
             guided: what the guide says; its maps are over the patches of `features`.
-            return_map: whether to return where it looked.
+            return_map: whether to return where it looked, as the class says.
         """
         patches = self._patches(features)
         bias, told = None, asked
@@ -124,13 +130,15 @@ class RVII(Interaction):
             bias, told = guided.log_maps, torch.cat([asked, guided.findings], dim=1)
         queries = self.queries + asked
         tokens = torch.cat([queries, told], dim=1)
-        seen: Tensor | None = None
+        maps: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            wanted = return_map and index == len(self.blocks) - 1
-            tokens, seen = block(tokens, patches, features, bias, wanted)
+            last = index == len(self.blocks) - 1
+            wanted = return_map and (last or guided is not None)
+            tokens, seen = block(tokens, patches, features, bias, wanted, last)
+            maps += [] if seen is None else [seen]
         count = self.queries.shape[0]
         values = self.out(self.out_norm(tokens[:, :count]))
-        return VisualMessage(values, None if seen is None else seen[:, :count])
+        return VisualMessage(values, torch.stack(maps).mean(0)[:, :count] if maps else None)
 
     @property
     def objectives(self) -> frozenset[str]:
@@ -197,6 +205,7 @@ class _Block(nn.Module):
         features: VisualFeatures,
         log_maps: Tensor | None,
         return_map: bool,
+        last: bool,
     ) -> tuple[Tensor, Tensor | None]:
         normed = self.self_norm(tokens)
         keys, values = self.self_attention.keys_values(normed)
@@ -204,9 +213,13 @@ class _Block(nn.Module):
         tokens = tokens + self.dropout(looked)
         # Each patch is mapped once, then laid out for all the questions about its picture.
         keys, values = self.cross_attention.keys_values(patches, features)
+        normed, lengths = self.cross_norm(tokens), features.lengths
         looked, seen = self.cross_attention(
-            self.cross_norm(tokens), keys, values, features.lengths, log_maps, return_map
+            normed, keys, values, lengths, log_maps, return_map and last
         )
+        if return_map and not last:
+            # Beside the look, whose own backend may give no map.
+            seen = self.cross_attention.map(normed, keys, lengths, log_maps)
         tokens = tokens + self.dropout(looked)
         return tokens + self.dropout(self.mlp(self.mlp_norm(tokens))), seen
 
@@ -225,6 +238,7 @@ class _Attention(nn.Module):
         for index in range(maps):
             follow[index :: maps + 1, index] = 1
         self.follow = nn.Parameter(follow) if maps else None
+        self.guided = [head for head in range(self.heads) if head % (maps + 1) < maps]
 
     def keys_values(
         self, tokens: Tensor, features: VisualFeatures | None = None
@@ -246,17 +260,34 @@ class _Attention(nn.Module):
         return_map: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; returns the output (B, M, W) and, if asked for, the map (B, M, P)."""
+        queries, options = self._queries(tokens, lengths, log_maps)
+        if not return_map:
+            looked = attend(queries, keys, values, backend=self.backend, **options)
+            return self.out(looked.flatten(-2)), None
+        looked, seen = attend(queries, keys, values, return_map=True, **options)
+        return self.out(looked.flatten(-2)), self._shown(seen, log_maps)
+
+    def map(
+        self, tokens: Tensor, keys: Tensor, lengths: Sequence[int], log_maps: Tensor | None
+    ) -> Tensor:
+        """Return the map (B, M, P) alone."""
+        queries, options = self._queries(tokens, lengths, log_maps)
+        _, seen = attend(queries, keys, keys, return_map=True, **options)
+        return self._shown(seen, log_maps)
+
+    def _queries(
+        self, tokens: Tensor, lengths: Sequence[int] | None, log_maps: Tensor | None
+    ) -> tuple[Tensor, dict[str, Any]]:
         queries = self.q(tokens).unflatten(-1, (self.heads, -1))
         bias = None
         if log_maps is not None and self.follow is not None:
             bias = torch.einsum("hg,bgp->bhp", self.follow, log_maps).unsqueeze(2)
-        options: dict[str, Any] = {"lengths": lengths, "bias": bias, "backend": self.backend}
-        if not return_map:
-            looked = attend(queries, keys, values, **options)
-            return self.out(looked.flatten(-2)), None
-        options["backend"] = "auto"
-        looked, seen = attend(queries, keys, values, return_map=True, **options)
-        return self.out(looked.flatten(-2)), seen.mean(1)
+        return queries, {"lengths": lengths, "bias": bias}
+
+    def _shown(self, seen: Tensor, log_maps: Tensor | None) -> Tensor:
+        """Average the heads of (B, H, M, P): the guided ones where there are maps to follow."""
+        shown = seen if log_maps is None else seen[:, self.guided]
+        return shown.mean(1)
 
 
 def _mlp(width: int, ratio: float) -> nn.Sequential:

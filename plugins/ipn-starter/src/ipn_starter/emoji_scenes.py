@@ -220,7 +220,11 @@ class EmojiScenes(Task):
         self.check_split(split)
         count = self.scenes or self.sizes[split]
         scenes = (self.scene.make(split, number, self.seed) for number in range(count))
-        return [example for scene in scenes for example in questions(scene)]
+        return [example for scene in scenes for example in self.about(scene)]
+
+    def about(self, scene: Scene) -> list[Example]:
+        """Return the questions of a scene."""
+        return questions(scene)
 
 
 def questions(scene: Scene) -> list[Example]:
@@ -281,9 +285,9 @@ class Asker:
             and (anchor.noun.name in anchors_held_out()) == held_out
         ]
         for anchor, relation, answer in self.rng.sample(pairs, min(2, len(pairs))):
-            yield "relation", self._beside(relation, anchor), answer, anchor
+            yield "relation", self.beside(relation, anchor), answer, anchor
 
-    def _beside(self, relation: str, anchor: str) -> str:
+    def beside(self, relation: str, anchor: str) -> str:
         """Ask what is beside a noun, or whatever else `the` may stand before."""
         usual, other = RELATIONS[relation]
         if self.training and self.rng.random() < 1 / 6:

@@ -64,7 +64,7 @@ class _CellAsker(Asker):
             if (found := self.scene.at(row + down, column + right))
         ]
         for row, column, relation, answer in self.rng.sample(pairs, _EACH):
-            yield "relation", self._beside(relation, f"cell in {_place(row, column)}"), answer
+            yield "relation", self.beside(relation, f"cell in {_place(row, column)}"), answer
 
     def _exist_in_cells(self) -> Iterator[tuple[str, ...]]:
         things = self.rng.sample(self.scene.things, _EACH + 1)

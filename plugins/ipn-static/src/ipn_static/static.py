@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any, Literal, Self
 
 import torch
@@ -26,12 +27,15 @@ class StaticConfig(Config):
         hidden: width between the two, 0 for the LLM's own width.
         pool: "none" for a token a patch, "mean" for one a picture, or n for n × n, each the mean
             of its part of the grid.
+        tokens: how many tokens a picture instead, 0 for as `pool` says: those of the squarest
+            grid of so many parts, 3 × 4 for 12.
         norm: whether a layer norm comes first; towers differ in the size of their features.
     """
 
     map: Literal["linear", "mlp"] = "linear"
     hidden: int = Field(default=0, ge=0)
     pool: Literal["none", "mean"] | int = "none"
+    tokens: int = Field(default=0, ge=0, le=WIDEST_GRID**2)
     norm: bool = True
 
     @field_validator("pool", mode="before")
@@ -43,6 +47,23 @@ class StaticConfig(Config):
         raise ValueError(
             f"must be none, mean, or the rows (and columns) to pool to, from 1 to {WIDEST_GRID}"
         )
+
+    @model_validator(mode="after")
+    def _one_number(self) -> Self:
+        if self.tokens and self.pool != "none":
+            raise ValueError("pool and tokens both say how many tokens there are; give one")
+        return self
+
+    @property
+    def parts(self) -> tuple[int, int] | None:
+        """Rows and columns that a picture is pooled to; None for its own grid."""
+        if self.tokens:
+            rows = next(r for r in range(isqrt(self.tokens), 0, -1) if self.tokens % r == 0)
+            return rows, self.tokens // rows
+        if self.pool == "none":
+            return None
+        side = 1 if self.pool == "mean" else int(self.pool)
+        return side, side
 
     @model_validator(mode="after")
     def _hidden_is_used(self) -> Self:
@@ -72,10 +93,8 @@ class StaticConnector(Connector):
     @property
     def static_tokens(self) -> int | None:
         """Static tokens S a picture; None without pooling, where the grid decides."""
-        pool = self.config.pool
-        if pool == "none":
-            return None
-        return 1 if pool == "mean" else pool * pool
+        parts = self.config.parts
+        return None if parts is None else parts[0] * parts[1]
 
     def connect(self, features: VisualFeatures, context: PerceiveContext) -> list[Tensor]:
         """Return (S, D_in) for each picture; patches that pictures share are mapped once."""
@@ -92,10 +111,8 @@ class StaticConnector(Connector):
         """Return one picture's patches (h·w, Dv) pooled to (S, Dv)."""
         height, width = grid
         patches = values[offset : offset + height * width]
-        pool = self.config.pool
-        if pool == "none":
+        parts = self.config.parts
+        if parts is None:
             return patches
-        if pool == "mean":
-            return patches.mean(0, keepdim=True)
         image = patches.T.reshape(1, -1, height, width)  # (1, Dv, h, w)
-        return F.adaptive_avg_pool2d(image, pool)[0].flatten(1).T  # (pool², Dv)
+        return F.adaptive_avg_pool2d(image, parts)[0].flatten(1).T  # (S, Dv)

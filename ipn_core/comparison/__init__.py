@@ -1,0 +1,1 @@
+"""Comparisons of interactions at equal budget: `ipn compare`."""

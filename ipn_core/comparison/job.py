@@ -1,0 +1,240 @@
+"""One job of a comparison: an arm with one seed is trained, asked, and measured.
+
+Every part is a file that is written whole; a job that is started again does what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ipn_core.comparison.config import EvaluationConfig
+from ipn_core.errors import ConfigError
+from ipn_core.evaluation.evaluate import evaluate
+from ipn_core.files import atomic_write, lock, remove_unfinished
+from ipn_core.model import IPN
+from ipn_core.plugins import Registry, get_registry
+from ipn_core.tasks import open_task
+from ipn_core.training.config import TrainConfig
+from ipn_core.training.data import Data
+from ipn_core.training.features import FeatureCache
+from ipn_core.training.loop import StageRun
+from ipn_core.training.requests import backbone_digest
+from ipn_core.training.run import Training
+
+__all__ = ["Job", "run_job"]
+
+JOB = "job.json"
+RESULT = "result.json"
+_FLOP_STEPS = 2
+"""Steps of a stage that are counted."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to know.
+
+    Attributes:
+        name: of the job, and of its folder.
+        folder: where everything of it lies.
+        arm: of `arms.Arm`, as JSON.
+        seed: of weights, order and noise.
+        training: a training config.
+        evaluate: as in the comparison's config.
+        batch_size: questions at once.
+        threads: of the CPU.
+    """
+
+    name: str
+    folder: str
+    arm: dict[str, Any]
+    seed: int
+    training: dict[str, Any]
+    evaluate: list[dict[str, Any]]
+    batch_size: int
+    threads: int
+
+    @property
+    def result(self) -> Path:
+        """The file that is there once everything is done."""
+        return Path(self.folder) / RESULT
+
+    @property
+    def path(self) -> Path:
+        """Where it is written down."""
+        return Path(self.folder) / JOB
+
+    def check(self) -> None:
+        """Refuse a folder that holds something else under the same name.
+
+        Raises:
+            ConfigError: what it trains, or what it is asked, is not what is there.
+        """
+        if not self.path.is_file():
+            return
+        there = Job.read(self.path)
+        if (there.training, there.evaluate) != (self.training, self.evaluate):
+            raise ConfigError(
+                f"'{self.path}' holds arm '{self.arm['name']}' with another config, so that going "
+                "on would mix the two. Use the same config, or another folder with --out."
+            )
+
+    def write(self) -> None:
+        """Write it down, for a process to read and for a later call to compare with."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.path, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        """Read what `write` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def run_job(job: Job, registry: Registry | None = None) -> None:
+    """Do what is missing of a job.
+
+    A process that an earlier comparison left behind, because only that was killed, is waited for.
+
+    Args:
+        job: what to do.
+        registry: where names are looked up, by default everything installed.
+    """
+    with lock(Path(job.folder) / "lock"):
+        if not job.result.is_file():
+            _Run(job, registry or get_registry()).run()
+
+
+class _Run:
+    """A job that runs in this process."""
+
+    def __init__(self, job: Job, registry: Registry) -> None:
+        self.job = job
+        self.folder = Path(job.folder)
+        self.registry = registry
+        self.config = TrainConfig.parse(job.training, job.name)
+
+    def run(self) -> None:
+        """Do what is missing, and write the result."""
+        torch.set_num_threads(self.job.threads)
+        remove_unfinished(self.folder)
+        training = self._kept("trained", self._train)
+        measured = self._kept("measured", self._count_flops)
+        model = IPN.from_pretrained(self.folder / "train" / "model", registry=self.registry)
+        entries = list(enumerate(self.job.evaluate))
+        asked = [(i, entry, False) for i, entry in entries]
+        if self.job.arm["asks"]:
+            asked += [(i, entry, True) for i, entry in entries if entry["shuffled"]]
+        scores = []
+        for index, values, shuffled in asked:
+            entry = EvaluationConfig.parse(values, self.job.name)
+            name = f"eval-{index}-shuffled" if shuffled else f"eval-{index}"
+            scores.append(self._kept(name, partial(self._ask, model, entry, shuffled)))
+        facts = {"name": self.job.name, "seed": self.job.seed, "arm": self.job.arm}
+        found = {"training": training, "measured": measured, "scores": scores}
+        _write_json(self.job.result, {**facts, **found})
+
+    def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what a file holds, after making it if it is not there."""
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            _write_json(path, make())
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def _train(self) -> dict[str, Any]:
+        """Train, or go on with it; return the peak memory and how fast the steps were."""
+        folder = self.folder / "train"
+        Training(self.config, folder, resume=True, registry=self.registry).run()
+        rates: dict[str, list[float]] = {}
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if "examples_per_s" in entry:
+                rates.setdefault(entry["stage"], []).append(entry["examples_per_s"])
+        return {
+            "peak_memory": _peak_memory(),
+            "examples_per_s": {name: median(found) for name, found in rates.items()},
+        }
+
+    def _count_flops(self) -> dict[str, Any]:
+        """Count the floating-point operations of some steps of each stage, times all its steps.
+
+        What is read once and kept for all arms, features and requests, is not counted.
+        """
+        accelerator = Accelerator()
+        checkpoint = self.folder / "train" / "model"
+        model = IPN.from_pretrained(checkpoint, registry=self.registry).to(accelerator.device)
+        data = [Data(entry, self.registry, training=True) for entry in self.config.data]
+        cache = FeatureCache(model.encoder)
+        for one in data:
+            one.encode(cache)
+        by_stage: dict[str, float] = {}
+        for stage in self.config.stages:
+            run = StageRun(
+                stage,
+                model,
+                data,
+                cache=cache,
+                registry=self.registry,
+                accelerator=accelerator,
+                seed=self.config.seed,
+                digest=partial(backbone_digest, model),
+            )
+            run.read_requests(data)
+            # The counter knows the products of plain attention, not every fused kernel of a CPU.
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+                for _ in range(_FLOP_STEPS):
+                    run.advance()
+            by_stage[stage.name] = counter.get_total_flops() / _FLOP_STEPS * stage.steps
+        return {"train_flops": sum(by_stage.values()), "train_flops_by_stage": by_stage}
+
+    def _ask(self, model: IPN, entry: EvaluationConfig, shuffled: bool) -> dict[str, Any]:
+        """Ask the questions of one entry, and say which answers were right."""
+        task = open_task(entry.task, entry.options, self.registry)
+        split = entry.split or task.default_split
+        pool = task.examples(split)
+        report = evaluate(
+            model,
+            pool[: entry.limit],
+            task=entry.task,
+            split=split,
+            batch_size=self.job.batch_size,
+            seed=self.job.seed,
+            shuffled=shuffled,
+            pool=pool,
+        )
+        return {
+            "task": entry.task,
+            "split": split,
+            "shuffled": shuffled,
+            "guess": report.guess.accuracy if report.guess else None,
+            "guess_by_type": {t: g.accuracy for t, g in report.guess_by_type.items()},
+            "seconds": report.seconds,
+            "types": [p.example.type for p in report.predictions],
+            "pictures": [[image.name for image in p.example.images] for p in report.predictions],
+            "said": [p.text for p in report.predictions],
+            "right": [p.right for p in report.predictions],
+        }
+
+
+def _peak_memory() -> int:
+    """Return the most bytes that this process held, on the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _write_json(path: Path, values: Any) -> None:
+    atomic_write(path, (json.dumps(values) + "\n").encode())

@@ -1,0 +1,345 @@
+"""The report of a comparison: Markdown, HTML, a table of all numbers, and plots."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ipn_core.comparison.plots import draw_plots
+from ipn_core.comparison.results import Cell, Results
+from ipn_core.evaluation.statistics import Interval
+from ipn_core.files import atomic_write
+
+__all__ = ["write_report"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Some rows under a heading."""
+
+    heading: str
+    about: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def write_report(
+    results: Results, folder: Path, facts: dict[str, str], first_token: dict[str, Any]
+) -> Path:
+    """Write `report.md`, `report.html`, `results.csv` and the plots; returns `report.md`.
+
+    Args:
+        results: of all jobs.
+        folder: where they go.
+        facts: how it was made: command, versions, commit and so on.
+        first_token: of `timing.first_token`.
+    """
+    atomic_write(folder / "results.csv", results.csv().encode())
+    plots = draw_plots(results, folder)
+    lead = [_asking_matters(results), *_against_the_blind(results)]
+    tables = _tables(results, facts, first_token)
+    atomic_write(folder / "report.md", _markdown(lead, tables, plots).encode())
+    atomic_write(folder / "report.html", _html(lead, tables, plots, folder).encode())
+    return folder / "report.md"
+
+
+# -- what comes first ----------------------------------------------------------------------------
+
+
+def _asking_matters(results: Results) -> str:
+    """Say whether accuracy falls when the requests are those of other questions."""
+    name = results.reference
+    parts, ignored = [], []
+    for task, split, own, foreign in results.shuffled:
+        fall = own.minus(foreign)
+        parts.append(f"{_percent(own)} to {_percent(foreign)} on {task} {split}")
+        if fall.low <= 0:
+            ignored.append(f"{task} {split}")
+    if ignored:
+        return (
+            f"**The request of `{name}` is ignored** on {', '.join(ignored)}: with the requests of "
+            f"other questions its accuracy does not fall ({'; '.join(parts)})."
+        )
+    return (
+        f"**The request of `{name}` is used**: with the requests of other questions its accuracy "
+        f"falls from {'; from '.join(parts)}."
+    )
+
+
+def _against_the_blind(results: Results) -> list[str]:
+    """Compare the reference with the best arm that cannot ask, split by split."""
+    lines = []
+    for task, split in results.splits:
+        mine = results.asker.cell(task, split)
+        others = [(g, c) for g in results.blind if (c := g.cell(task, split)) is not None]
+        if mine is None or not others:
+            continue
+        best, cell = max(others, key=lambda pair: pair[1].accuracy.mean)
+        gap = mine.minus(cell)
+        verdict = "is above" if gap.low > 0 else "is below" if gap.high < 0 else "is level with"
+        lines.append(
+            f"On {task} {split} `{results.reference}` ({_percent(mine)}) {verdict} every arm of "
+            f"equal budget that cannot ask; the best of them is `{best.name}` ({_percent(cell)}), "
+            f"the difference {_points(gap)}."
+        )
+    return lines
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def _tables(results: Results, facts: dict[str, str], first_token: dict[str, Any]) -> list[Table]:
+    tables = [_arms(results), _learned(results)]
+    tables += [_split(results, task, split) for task, split in results.splits]
+    tables += [_shuffled(results), _differences(results)]
+    sweep = _sweep(results)
+    return [*tables, *([sweep] if sweep else []), _cost(results, first_token), _made(facts)]
+
+
+def _arms(results: Results) -> Table:
+    rows = []
+    for group in results.groups:
+        arm = group.arm
+        same = results.group(results.reference, group.dynamic) or results.asker
+        change = arm["parameters"] / same.arm["parameters"] - 1
+        rows.append(
+            (
+                f"`{group.name}`",
+                str(group.dynamic),
+                "yes" if group.asks else "no",
+                f"{arm['static']} + {arm['request']} + {arm['message']} = {group.tokens}",
+                f"{arm['parameters']:,} ({change:+.1%})",
+                f"`{arm['width']}` = {arm['width_value']}",
+                ", ".join(map(str, group.seeds)),
+            )
+        )
+    return Table(
+        "Arms",
+        "Tokens into the LLM are static S + request R + dynamic K. The width is solved for, so "
+        "that all arms train as many parameters as the reference, which is the one compared with.",
+        ("arm", "K", "can ask", "S + R + K", "trained parameters", "width", "seeds"),
+        rows,
+    )
+
+
+def _learned(results: Results) -> Table:
+    rows = []
+    for group in results.main:
+        stages = "; ".join(
+            f"{s['name']}: {', '.join(s['objectives'])} ({s['steps']} steps)"
+            for s in group.arm["stages"]
+        )
+        left = " ".join(f"{name}: {why}" for name, why in group.arm["left_out"].items())
+        rows.append((f"`{group.name}`", stages, left or "nothing"))
+    return Table(
+        "What each arm learned from",
+        "Every arm gets every alignment that its inputs allow, on the same examples in the same "
+        "order.",
+        ("arm", "stages and objectives", "what it could not do"),
+        rows,
+    )
+
+
+def _split(results: Results, task: str, split: str) -> Table:
+    kinds = results.kinds(task, split)
+    rows = []
+    for group in results.main:
+        cell = group.cell(task, split)
+        if cell is not None:
+            seeds = " ".join(f"{100 * right:.1f}" for right in cell.right.mean(1))
+            found = [_interval(cell.only(kind).accuracy) for kind in kinds]
+            rows.append((f"`{group.name}`", *found, seeds))
+    whole = results.asker.cell(task, split)
+    assert whole is not None
+    counts = ", ".join(f"{kind} {whole.only(kind).right.shape[1]:,}" for kind in kinds)
+    return Table(
+        f"Accuracy on {task}, split {split}",
+        f"Per cent, with the 95 % interval over seeds and pictures. Questions: {counts}.",
+        ("arm", *kinds, "each seed"),
+        rows,
+    )
+
+
+def _shuffled(results: Results) -> Table:
+    rows = []
+    for task, split, own, foreign in results.shuffled:
+        for kind in results.kinds(task, split):
+            mine, others = own.only(kind), foreign.only(kind)
+            guess = others.guess
+            rows.append(
+                (
+                    f"{task} {split}",
+                    kind,
+                    _interval(mine.accuracy),
+                    _interval(others.accuracy),
+                    "" if guess is None else f"{100 * guess:.1f}",
+                )
+            )
+    return Table(
+        f"`{results.reference}` with the requests of other questions",
+        "Every question gets the request of another question about another picture. Guessing is "
+        "giving all of them the most frequent answer.",
+        ("split", "type", "own requests", "others' requests", "guessing"),
+        rows,
+    )
+
+
+def _differences(results: Results) -> Table:
+    rows = []
+    for task, split in results.splits:
+        mine = results.asker.cell(task, split)
+        for group in results.main:
+            cell = group.cell(task, split)
+            if mine is None or cell is None or group.name == results.reference:
+                continue
+            rows.append(
+                (f"{task} {split}", f"`{group.name}`", _points(mine.minus(cell)), _p(mine, cell))
+            )
+    return Table(
+        f"`{results.reference}` minus each other arm",
+        "Points of accuracy over the same questions, with the 95 % interval over seeds and "
+        "pictures (paired bootstrap), and McNemar's exact p for the first seed.",
+        ("split", "arm", "difference", "p"),
+        rows,
+    )
+
+
+def _sweep(results: Results) -> Table | None:
+    numbers = sorted({group.dynamic for group in results.groups})
+    if len(numbers) < 2:
+        return None
+    rows = []
+    names = dict.fromkeys(g.name for g in results.groups if g.dynamic != results.dynamic)
+    for task, split in results.splits:
+        for name in names:
+            groups = [results.group(name, number) for number in numbers]
+            cells = [None if g is None else g.cell(task, split) for g in groups]
+            shown = ["" if c is None else _interval(c.accuracy) for c in cells]
+            rows.append((f"{task} {split}", f"`{name}`", *shown))
+    return Table(
+        "Accuracy against the number of tokens",
+        "Every arm puts R + K tokens into the LLM, as the reference does.",
+        ("split", "arm", *(f"K = {number}" for number in numbers)),
+        rows,
+    )
+
+
+def _cost(results: Results, first_token: dict[str, Any]) -> Table:
+    names = list(dict.fromkeys(s["name"] for g in results.main for s in g.arm["stages"]))
+    rows = []
+    for group in results.main:
+        rates = [group.rate(name) for name in names]
+        timed = first_token.get(group.name)
+        rows.append(
+            (
+                f"`{group.name}`",
+                f"{group.flops / 1e12:.3g}",
+                *("" if rate is None else f"{rate:.1f}" for rate in rates),
+                f"{group.peak_memory / 2**30:.2f}",
+                "" if timed is None else f"{timed['median']:.2f} ({timed['spread']})",
+            )
+        )
+    return Table(
+        "What it costs",
+        "Train TFLOPs count what is computed in the steps of training, and not the features and "
+        "requests, which are read once for all arms. Examples a second are medians of the log; "
+        "jobs may have run side by side. First token: seconds of an arm over those of the "
+        "reference, alternating in one process, median and quartiles.",
+        (
+            "arm",
+            "train TFLOPs",
+            *(f"{name}, examples/s" for name in names),
+            "peak memory, GiB",
+            "first token / reference",
+        ),
+        rows,
+    )
+
+
+def _made(facts: dict[str, str]) -> Table:
+    return Table("How it was made", "", ("", ""), [(k, f"`{v}`") for k, v in facts.items()])
+
+
+# -- numbers as text -----------------------------------------------------------------------------
+
+
+def _percent(cell: Cell) -> str:
+    return f"{100 * float(cell.right.mean()):.1f} %"
+
+
+def _interval(found: Interval) -> str:
+    return f"{100 * found.mean:.1f} ({100 * found.low:.1f}-{100 * found.high:.1f})"
+
+
+def _points(found: Interval) -> str:
+    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+
+
+def _p(mine: Cell, other: Cell) -> str:
+    value = mine.p_value(other)
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+# -- Markdown and HTML ---------------------------------------------------------------------------
+
+
+def _markdown(
+    lead: Sequence[str], tables: Sequence[Table], plots: Sequence[tuple[str, str]]
+) -> str:
+    parts = [lead[0], "\n".join(f"- {line}" for line in lead[1:])]
+    parts += [f"![{title}]({name})" for name, title in plots]
+    for table in tables:
+        rows = [table.header, ["---"] * len(table.header), *table.rows]
+        lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
+        parts += [f"## {table.heading}", table.about, "\n".join(lines)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; }
+th, td { border: 1px solid #ccc; padding: 0.3rem 0.6rem; text-align: left; vertical-align: top; }
+img { max-width: 100%; } code { background: #f2f2f2; }
+"""
+
+
+def _html(
+    lead: Sequence[str],
+    tables: Sequence[Table],
+    plots: Sequence[tuple[str, str]],
+    folder: Path,
+) -> str:
+    items = "".join(f"<li>{_inline(line)}</li>" for line in lead[1:])
+    body = [f"<p>{_inline(lead[0])}</p>", f"<ul>{items}</ul>" if items else ""]
+    for name, title in plots:
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        body.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
+    for table in tables:
+        head = "".join(f"<th>{_inline(cell)}</th>" for cell in table.header)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>"
+            for row in table.rows
+        )
+        body.append(
+            f"<h2>{_inline(table.heading)}</h2><p>{_inline(table.about)}</p>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Comparison</title><style>{_STYLE}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
+
+
+def _inline(text: str) -> str:
+    """Escape text, and turn its `code` and **bold** into tags."""
+    pieces = html.escape(text).split("`")
+    coded = [p if i % 2 == 0 else f"<code>{p}</code>" for i, p in enumerate(pieces)]
+    bold = "".join(coded).split("**")
+    return "".join(p if i % 2 == 0 else f"<strong>{p}</strong>" for i, p in enumerate(bold))

@@ -1,0 +1,148 @@
+"""Examples from a file of records: JSONL, one a line, or JSON, a list of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from glob import glob
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipn_core.errors import DataError, ImageError
+from ipn_core.formats import Record
+from ipn_core.images import load_image
+from ipn_core.tasks import Example, Picture, ShardedTask
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["FileTask", "Folder", "matching"]
+
+
+@dataclass(frozen=True)
+class _File:
+    """Opens a picture when it is needed; of a large file's, all would take as long as answering."""
+
+    path: str
+    where: str
+
+    def __call__(self) -> Image.Image:
+        try:
+            return load_image(self.path)
+        except ImageError as error:
+            raise DataError(f"{self.where}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where the pictures of a record lie.
+
+    Attributes:
+        path: a folder.
+        where: names the record.
+    """
+
+    path: Path
+    where: str
+
+    def picture(self, name: str) -> Picture:
+        """Return a picture of the folder; raises `ValueError` if there is none."""
+        if "://" in name:
+            raise ValueError(f"'{name}' is an address; fetch the picture and give its path")
+        path = self.path / name
+        if not os.path.isfile(path):
+            raise ValueError(f"no such image: '{path}'")
+        return Picture(str(path), _File(str(path), self.where))
+
+
+class FileTask(ShardedTask):
+    """Examples from JSONL or JSON files; `docs/data.md` shows what their records look like."""
+
+    splits = ("all",)
+    default_split = "all"
+
+    def __init__(self, path: str | Path, images: str | None = None) -> None:
+        """Name files; nothing is read yet.
+
+        Args:
+            path: `.json` for a list of records; anything else has one a line. It may be a pattern
+                such as `part-*.jsonl`.
+            images: the folder that pictures' paths start from, by default the file's own.
+        """
+        self.path = Path(path)
+        self.images = images
+
+    def examples(self, split: str = "all") -> Sequence[Example]:
+        """Return the examples; every record is checked before the first is returned."""
+        examples = super().examples(split)
+        if not examples:
+            raise DataError(f"'{self.path}' holds no examples.")
+        return examples
+
+    def shards(self, split: str) -> Sequence[str]:
+        self.check_split(split)
+        return matching(str(self.path)) or [str(self.path)]
+
+    def read(self, shard: str, skip: int = 0) -> Iterator[Example]:
+        path = Path(shard)
+        images = path.parent if self.images is None else Path(self.images)
+        rows = _listed(path) if path.suffix == ".json" else _lines(path)
+        for row, where in islice(rows, skip, None):
+            yield Record(row(), where, Folder(images, where).picture).example()
+
+
+def matching(pattern: str) -> list[str]:
+    """Return the files that a pattern with * or ? names, sorted; a plain name is none."""
+    return sorted(glob(pattern)) if any(sign in pattern for sign in "*?") else []
+
+
+def _lines(path: Path) -> Iterator[tuple[Callable[[], Any], str]]:
+    """Yield what parses each line, and what names it."""
+    with _reading(path), open(path, encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"'{path}' line {number}"
+                yield partial(_parsed, line, where), where
+
+
+def _listed(path: Path) -> Iterator[tuple[Callable[[], Any], str]]:
+    """Yield the same for the records of a list."""
+    with _reading(path):
+        rows = _parsed(path.read_text(encoding="utf-8-sig"), f"'{path}'")
+    if not isinstance(rows, list):
+        raise DataError(
+            f"'{path}': expected a list of records, got {type(rows).__name__}. One record a line "
+            "is a .jsonl file."
+        )
+    for number, row in enumerate(rows, start=1):
+        own = f" (id {row['id']})" if isinstance(row, dict) and "id" in row else ""
+        yield partial(_same, row), f"'{path}' record {number}{own}"
+
+
+def _same(row: Any) -> Any:
+    return row
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say what cannot be read. Editors on Windows begin a file with a byte order mark."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"no such file: '{path}'. Give a task or a JSONL file.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{path}' is not UTF-8 text ({error}).") from None
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read ({error.strerror}).") from None
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error}).") from None

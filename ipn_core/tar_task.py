@@ -1,0 +1,136 @@
+"""Examples from WebDataset shards, which the `webdataset` library reads.
+
+A shard is a tar file in which files of one name before the dot, such as `0001.json` and `0001.jpg`,
+are one sample.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from ipn_core.errors import DataError, ImageError, IPNError, first_line
+from ipn_core.file_task import matching
+from ipn_core.formats import KEYS, Record
+from ipn_core.images import load_image
+from ipn_core.tasks import Example, Picture, ShardedTask
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["TarTask"]
+
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+class TarTask(ShardedTask):
+    """Examples from one or several tar files.
+
+    A sample has pictures and either `.json`, any record that a JSONL file may have, or `.txt`, what
+    there is to say about them. A record names its pictures by what follows the dot, as `1.jpg`;
+    one that names none, or has only one, means all of its sample's.
+    """
+
+    splits = ("all",)
+    default_split = "all"
+
+    def __init__(self, path: str) -> None:
+        """Name files; nothing is read yet.
+
+        Args:
+            path: a file, or several: `a-{000..127}.tar`, `a-*.tar`.
+
+        Raises:
+            IPNError: the library that reads them is not installed.
+        """
+        try:
+            import braceexpand
+            import webdataset  # noqa: F401  # as early as it can be said
+        except ImportError:
+            raise IPNError(
+                f"'{path}': to read WebDataset shards, install the library that does: "
+                "pip install 'ipn-core[shards]'"
+            ) from None
+        self.path = path
+        self._files = [
+            file for one in braceexpand.braceexpand(path) for file in matching(one) or [one]
+        ]
+
+    def shards(self, split: str) -> Sequence[str]:
+        self.check_split(split)
+        for file in self._files:
+            if not os.path.isfile(file):
+                raise DataError(f"no such file: '{file}'. Give tar files.")
+        return self._files
+
+    def read(self, shard: str, skip: int = 0) -> Iterator[Example]:
+        from webdataset.tariterators import tarfile_samples
+
+        done = "the beginning"
+        samples = tarfile_samples([{"url": shard}])
+        try:
+            for sample in islice(samples, skip, None):
+                yield _example(sample, f"'{shard}' sample '{sample['__key__']}'")
+                done = f"sample '{sample['__key__']}'"
+        except IPNError:
+            raise
+        except Exception as error:  # tarfile, zlib and the library have types of their own
+            raise DataError(
+                f"'{shard}' is damaged or no tar file after {done} ({first_line(error)})"
+            ) from None
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Decodes a picture when it is needed, in whatever process."""
+
+    content: bytes
+    where: str
+
+    def __call__(self) -> Image.Image:
+        try:
+            return load_image(self.content)
+        except ImageError as error:
+            raise DataError(f"{self.where}: {error}") from error
+
+
+def _example(sample: Mapping[str, Any], where: str) -> Example:
+    members = {
+        name: Picture(f"{sample['__url__']}/{sample['__key__']}.{name}", _Bytes(content, where))
+        for name, content in sample.items()
+        if f".{name}".lower().endswith(_PICTURES)
+    }
+
+    def picture(name: str) -> Picture:
+        short = os.path.basename(name).removeprefix(os.path.basename(sample["__key__"]) + ".")
+        found = members.get(short.lower())
+        if found is None and len(members) == 1:
+            found = next(iter(members.values()))
+        if found is None:
+            raise ValueError(f"no picture '{name}': the sample has {', '.join(members) or 'none'}")
+        return found
+
+    row = _row(sample, where)
+    if not (isinstance(row, dict) and KEYS & row.keys()) and "txt" in sample:
+        text = sample["txt"].decode(errors="replace").strip()
+        row = {
+            "images": [*members, None],
+            "texts": [*(None for _ in members), text],
+        }
+    return Record(row, where, picture, tuple(members)).example()
+
+
+def _row(sample: Mapping[str, Any], where: str) -> Any:
+    if "json" not in sample:
+        if "txt" not in sample:
+            has = ", ".join(key for key in sample if not key.startswith("__"))
+            raise DataError(f"{where}: it has neither .json nor .txt, but {has or 'nothing'}.")
+        return None
+    try:
+        return json.loads(sample["json"])
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: its .json is not valid JSON ({error}).") from None

@@ -1,0 +1,191 @@
+"""Arms at equal budget, a control that cannot ask, and a report that says what came out."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comparing import comparing, comparison
+from kills import run_killed
+from lessons import lesson_registry
+
+from ipn_core.comparison.arms import Arm, Arms
+from ipn_core.comparison.config import CompareConfig
+from ipn_core.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("own_training")
+
+SCRIPT = Path(__file__).parent / "support" / "comparing.py"
+
+
+def arms(values: dict[str, Any]) -> dict[tuple[str, int], Arm]:
+    made = Arms(CompareConfig.parse(values, "comparing"), lesson_registry()).make()
+    return {(arm.name, arm.dynamic): arm for arm in made}
+
+
+def changed(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    new = copy.deepcopy(values)
+    inner = new
+    *outer, last = path.split(".")
+    for key in outer:
+        inner = inner[int(key)] if isinstance(inner, list) else inner[key]
+    inner[last] = value
+    return new
+
+
+@pytest.fixture(scope="module")
+def done(llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IPN_CACHE", str(folder / "cache"))
+        comparison(comparing(llm), folder / "out").run()
+    return folder / "out"
+
+
+def test_budgets_are_equal_at_every_number_of_tokens(llm: Path) -> None:
+    sweep = {"arms": ["rvii", "rvii-constant", "static"], "dynamic": [2, 5], "seeds": 1}
+    made = arms({**comparing(llm), "sweep": sweep})
+    assert set(made) == {(n, k) for n in ("rvii", "rvii-constant", "static") for k in (2, 5)}
+    for (_, dynamic), arm in made.items():
+        assert arm.tokens == 2 + dynamic
+        ours = made["rvii", dynamic].parameters
+        assert abs(arm.parameters - ours) <= 0.05 * ours
+    static = made["static", 5]
+    assert (static.static, static.request, static.message) == (7, 0, 0)
+    assert static.model["perceive"]["hidden"] == static.width_value
+    asking = {name for (name, _), arm in made.items() if arm.asks}
+    assert asking == {"rvii"}
+
+
+def test_arms_do_what_their_inputs_allow_and_say_what_they_cannot(llm: Path) -> None:
+    made = arms(comparing(llm))
+    learned = {
+        name: [list(stage["objectives"]) for stage in arm.stages] for (name, _), arm in made.items()
+    }
+    assert learned == {
+        "rvii": [["answer-embedding", "request-image"], ["language"]],
+        "rvii-constant": [["image-text"], ["language"]],
+        "static": [["image-text"], ["language"]],
+    }
+    assert made["rvii", 2].left_out == {}
+    assert "answer-embedding" in made["static", 2].left_out["answer"]
+    steps = {tuple(stage["steps"] for stage in arm.stages) for arm in made.values()}
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("arms.static.tokens", None, "0 static|no budget can be equal"),
+        ("reference", "static", "makes no request"),
+        ("reference", "film", "none of arms"),
+        ("arms.rvii.width", "interact.depht", "does not set|depht"),
+        ("arms.static.width", "perceive.hiden", "hiden"),
+        ("evaluate.0.shuffled", False, "shuffled: true"),
+        ("sweep", {"arms": ["film"], "dynamic": [1]}, "sweep names film"),
+        ("within", 0.00001, "must be within"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(llm: Path, path: str, value: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        arms(changed(comparing(llm), path, value))
+
+
+@pytest.mark.slow
+def test_the_report_holds_what_was_found(done: Path) -> None:
+    text = (done / "report.md").read_text()
+    first = text.split("\n", 1)[0]
+    assert first.startswith("**The request of `rvii` is ")
+    rows = list(csv.DictReader((done / "results.csv").open()))
+    whole = {(r["arm"], r["shuffled"]): r for r in rows if r["type"] == "all"}
+    assert set(whole) == {
+        ("rvii", "False"),
+        ("rvii", "True"),
+        ("rvii-constant", "False"),
+        ("static", "False"),
+    }
+    for row in rows:
+        assert float(row["low"]) <= float(row["accuracy"]) <= float(row["high"])
+    answered = json.loads((done / "jobs" / "static-k2-seed0" / "eval-0.json").read_text())
+    assert int(whole["static", "False"]["right"]) == sum(answered["right"])
+    shown = f"{100 * float(whole['static', 'False']['accuracy']):.1f} ("
+    assert shown in text
+    for word in ("trained parameters", "train TFLOPs", "first token", "ipn compare comparing.yaml"):
+        assert word in text
+    page = (done / "report.html").read_text()
+    assert page.count("<table>") == text.count("\n## ")
+    assert "<code>rvii-constant</code>" in page
+    assert (done / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_flops_are_counted_for_each_stage(done: Path) -> None:
+    for name in ("rvii-k2-seed0", "static-k2-seed0"):
+        found = json.loads((done / "jobs" / name / "measured.json").read_text())
+        stages = found["train_flops_by_stage"]
+        assert set(stages) == {"answer", "instruct"}
+        assert stages["instruct"] > stages["answer"] > 0
+        assert found["train_flops"] == sum(stages.values())
+
+
+@pytest.mark.slow
+def test_a_folder_is_gone_on_with_only_on_request_and_with_the_same_config(
+    llm: Path, done: Path
+) -> None:
+    with pytest.raises(ConfigError, match="Go on with --resume"):
+        comparison(comparing(llm), done)
+    with pytest.raises(ConfigError, match="another config"):
+        comparison(changed(comparing(llm), "stages.0.steps", 9), done, resume=True)
+    other = changed(comparing(llm), "arms.static.model.perceive.norm", False)
+    with pytest.raises(ConfigError, match="holds arm 'static' with another config"):
+        comparison(other, done, resume=True).run()
+
+
+@pytest.mark.slow
+def test_going_on_with_a_comparison_that_is_done_trains_nothing(llm: Path, done: Path) -> None:
+    model = done / "jobs" / "rvii-k2-seed0" / "train" / "model" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    rows = (done / "results.csv").read_text()
+    comparison(comparing(llm), done, resume=True).run()
+    assert model.stat().st_mtime_ns == before
+    assert (done / "results.csv").read_text() == rows
+
+
+def test_some_of_the_arms_can_be_picked(llm: Path) -> None:
+    config = CompareConfig.parse(
+        {**comparing(llm), "sweep": {"arms": ["static"], "dynamic": [1]}}, "comparing"
+    )
+    assert list(config.only(["static"]).arms) == ["rvii", "static"]
+    assert list(config.only(["rvii-constant"]).arms) == ["rvii"]
+    assert config.only(["rvii"]).sweep is None
+    with pytest.raises(ConfigError, match=r"no arm 'statik'.*static"):
+        config.only(["statik"])
+
+
+@pytest.mark.slow
+def test_a_comparison_killed_at_twenty_moments_finds_the_same(llm: Path, tmp_path: Path) -> None:
+    values = comparing(llm, steps=4)
+    comparison(values, tmp_path / "unbroken").run()
+    config, out = tmp_path / "config.json", tmp_path / "out"
+    config.write_text(json.dumps(values))
+    run_killed(
+        [sys.executable, str(SCRIPT), str(config), str(out)],
+        lambda: sorted(p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()),
+        kills=20,
+    )
+    for kept in (tmp_path / "unbroken" / "jobs").glob("*/train/model/model.safetensors"):
+        name = kept.relative_to(tmp_path / "unbroken")
+        assert (out / name).read_bytes() == kept.read_bytes()
+    assert not list(out.rglob("*.tmp*"))
+    ours, theirs = (
+        list(csv.DictReader((folder / "results.csv").open()))
+        for folder in (out, tmp_path / "unbroken")
+    )
+    for row in (*ours, *theirs):
+        del row["peak_memory"]
+    assert ours == theirs
