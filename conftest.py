@@ -6,6 +6,7 @@ Of these only `IPN_CACHE` stays, for it says where the real weights lie that som
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before anything is imported that reads them once, and before what outlives a single test.
 for _name in ("IPN_PLUGINS", "IPN_SMOLLM2"):
@@ -27,6 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keep what one test has set, as `ipn doctor` does in its process, out of the next."""
     monkeypatch.delenv("IPN_PLUGINS", raising=False)
+    yield
+    # Sums of several threads round otherwise, so that weights would differ from other processes'.
+    assert torch.get_num_threads() == 1, "a test has changed the number of threads"

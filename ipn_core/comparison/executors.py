@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ipn_core.comparison.job import Job, run_job
+from ipn_core.comparison.job import Job, run_job_in_own_process
 from ipn_core.errors import IPNError, UserError
 
 __all__ = ["EXECUTORS", "Executor", "Local", "Ray"]
@@ -101,7 +101,7 @@ class Ray(Executor):
             local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": self.workers}
             ray.init(log_to_driver=False, include_dashboard=False, **local)
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        remote = ray.remote(run_job)
+        remote = ray.remote(run_job_in_own_process)
         # One worker of `num_cpus` counts as one here: a job's threads are set inside it.
         tasks = {remote.options(num_cpus=1, num_gpus=gpus).remote(job): job for job in jobs}
         try:

@@ -34,7 +34,7 @@ from ipn_core.training.loop import StageRun
 from ipn_core.training.requests import backbone_digest
 from ipn_core.training.run import Training
 
-__all__ = ["Job", "run_job"]
+__all__ = ["Job", "run_job", "run_job_in_own_process"]
 
 JOB = "job.json"
 RESULT = "result.json"
@@ -54,7 +54,7 @@ class Job:
         training: a training config.
         evaluate: as in the comparison's config.
         batch_size: questions at once.
-        threads: of the CPU.
+        threads: of the CPU, where the job has a process of its own.
     """
 
     name: str
@@ -116,6 +116,12 @@ def run_job(job: Job, registry: Registry | None = None) -> None:
             _Run(job, registry or get_registry()).run()
 
 
+def run_job_in_own_process(job: Job) -> None:
+    """Do what is missing of a job, in a process that does nothing else and takes its threads."""
+    torch.set_num_threads(job.threads)
+    run_job(job)
+
+
 class _Run:
     """A job that runs in this process."""
 
@@ -127,7 +133,6 @@ class _Run:
 
     def run(self) -> None:
         """Do what is missing, and write the result."""
-        torch.set_num_threads(self.job.threads)
         remove_unfinished(self.folder)
         training = self._kept("trained", self._train)
         measured = self._kept("measured", self._count_flops)

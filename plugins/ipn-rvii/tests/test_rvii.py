@@ -290,6 +290,22 @@ def test_fit_whitens_what_comes_in(n: int, m: int) -> None:
         assert layer.weight.abs().max() < 1e3
 
 
+def test_fit_makes_little_of_rounding() -> None:
+    model, other = build(), build()
+    seen = torch.randn(60, DIMS.Dv)
+    seen[:, 1] = seen[:, 0] + 1e-4 * torch.randn(60)  # a direction of hardly any variation
+    requests = torch.randn(40, 1, 14)
+    model.fit(requests, seen)
+    other.fit(requests, seen * (1 + 1e-7 * torch.randn_like(seen)))
+    left_out = model.patch_in.weight.abs().sum(1) == 0
+    assert torch.equal(other.patch_in.weight.abs().sum(1) == 0, left_out)
+    product = (
+        model.patch_in.weight.T @ model.patch_in.weight
+    ).detach()  # whatever the directions' signs
+    again = other.patch_in.weight.T @ other.patch_in.weight
+    torch.testing.assert_close(again, product, rtol=1e-4, atol=1e-4 * float(product.abs().max()))
+
+
 def test_what_scales_requests_is_not_trained_but_kept() -> None:
     model = build()
     assert not any("request_scale" in name for name, _ in model.named_parameters())

@@ -319,16 +319,20 @@ class _Whitening(nn.Module):
         return F.linear(values, self.weight, self.bias)
 
 
+_LEAST = 1e-3
+"""Of a sample's norm, what a direction must vary by: float32 then fixes its weights to 1e-4."""
+
+
 def _whiten(weight: Tensor, bias: Tensor, sample: Tensor) -> None:
     """Set a projection to the principal directions of a sample, each of variance 1.
 
-    Directions in which the sample does not vary are left out: their scale would be noise. A sample
-    that varies in none leaves the projection as it is.
+    Directions in which the sample hardly varies are left out: their scale would be rounding, and
+    the weights as large as its inverse. A sample that varies in none leaves the projection as it is.
     """
     sample = sample.float()
     mean = sample.mean(0)
     _, scales, directions = torch.linalg.svd(sample - mean, full_matrices=False)
-    varies = scales > 1e-5 * torch.linalg.vector_norm(sample)
+    varies = scales > _LEAST * torch.linalg.vector_norm(sample)
     count = min(len(weight), int(varies.sum()))
     if not count:
         return
