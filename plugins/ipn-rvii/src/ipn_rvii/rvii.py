@@ -327,7 +327,8 @@ def _whiten(weight: Tensor, bias: Tensor, sample: Tensor) -> None:
     """Set a projection to the principal directions of a sample, each of variance 1.
 
     Directions in which the sample hardly varies are left out: their scale would be rounding, and
-    the weights as large as its inverse. A sample that varies in none leaves the projection as it is.
+    the weights as large as its inverse. A sample that varies in none leaves the projection as it
+    is.
     """
     sample = sample.float()
     mean = sample.mean(0)
