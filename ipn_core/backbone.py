@@ -225,11 +225,11 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode: a frozen model must not drop units (OPT does by default).
 
-        An adapter may: it follows `mode`.
+        An adapter may, in `mode`, while it trains.
         """
         super().train(False)
         if self.lora is not None:
-            self.lora.train(mode)
+            self.lora.train(mode and any(p.requires_grad for p in self.lora.parameters()))
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -13,16 +13,17 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ipn_core.clock import Clock
-from ipn_core.errors import PromptError, ShapeError
+from ipn_core.errors import PromptError
 from ipn_core.plan import Plan
 from ipn_core.segments import IGNORED, Look, Segment, lay_out
+from ipn_core.shapes import expect
 from ipn_core.sharing import Part, divide, undivided
 from ipn_core.stages import (
     InjectContext,
@@ -38,6 +39,7 @@ from ipn_core.state import LookRecord, Prefix, State
 
 if TYPE_CHECKING:
     from ipn_core.model import IPN
+    from ipn_core.prefixes import PrefixCache
 
 __all__ = ["Engine"]
 
@@ -86,7 +88,9 @@ class Engine:
             clock.lap("prefill")
         return Prefix(state, own, rest.mask.to(own.device))
 
-    def loss(self, plans: Sequence[Plan], percept: Percept) -> tuple[Tensor, int, State]:
+    def loss(
+        self, plans: Sequence[Plan], percept: Percept, prefixes: PrefixCache | None = None
+    ) -> tuple[Tensor, int, State]:
         """Return the summed cross entropy of the tokens to learn, their number, and the state.
 
         Language-head logits are computed only where a token is to be learned.
@@ -94,11 +98,12 @@ class Engine:
         Args:
             plans: prompts whose last turn is the answer to learn.
             percept: features and static tokens of their pictures.
+            prefixes: keeps first segments that never change, if given.
         """
         total = self.model.slots.request.new_zeros(())
         count = 0
         segments, state = self._segments(plans, percept, None)
-        with closing(self._walk(segments, state, percept)) as steps:
+        with closing(self._walk(segments, state, percept, prefixes)) as steps:
             for segment, hidden in steps:
                 if not segment.learns:
                     continue
@@ -138,14 +143,21 @@ class Engine:
         return torch.cat(found), torch.cat(choices)
 
     def _walk(
-        self, segments: Sequence[Segment], state: State, percept: Percept
+        self,
+        segments: Sequence[Segment],
+        state: State,
+        percept: Percept,
+        prefixes: PrefixCache | None = None,
     ) -> Generator[tuple[Segment, dict[int, Tensor]], None, None]:
-        """Run segments; yields each with its hidden states (B, ≤ L, D) by layer, -1 the last."""
+        """Run segments; yields each with its hidden states (B, ≤ L, D) by layer, -1 the last.
+
+        Those of a first segment that `prefixes` knows are of its end alone, (B, R, D).
+        """
         filled: dict[int, Tensor] = {}
         with self.layers(state, percept):
             for index, segment in enumerate(segments):
                 embeds = self._embed(segment, percept, filled)
-                hidden = self._extend(segment, embeds, percept, state)
+                hidden = self._extend(segment, embeds, percept, state, prefixes)
                 yield segment, hidden
                 if index < len(segments) - 1:
                     filled |= self._look(segment, hidden, percept, state, None, False)
@@ -195,7 +207,7 @@ class Engine:
                 read[:] = [(positions, context)]
             with self.model.running("inject"):
                 changed = injector.before_layer(hidden.to(dtype), replace(read[0][1], layer=layer))
-            self._check("inject", Injection(changed), "tokens", tuple(hidden.shape))
+            expect(self.model, "inject", Injection(changed), "tokens", tuple(hidden.shape))
             return changed.to(hidden.dtype)
 
         with self.model.backbone.layer_callback(injector.layers, before):
@@ -335,16 +347,26 @@ class Engine:
         return embeds[rows[:, None], part.order.to(embeds.device)]
 
     def _extend(
-        self, segment: Segment, embeds: Tensor, percept: Percept, state: State
+        self,
+        segment: Segment,
+        embeds: Tensor,
+        percept: Percept,
+        state: State,
+        prefixes: PrefixCache | None = None,
     ) -> dict[int, Tensor]:
-        """Run the backbone over a segment.
+        """Run the backbone over a segment, or take a first one from what is kept.
 
         Returns:
             Hidden states by layer, -1 the last, for every row; of a first segment that was divided
-            only the last part, which ends where the segment does.
+            or kept only the last part, which ends where the segment does.
         """
         requester = self.model.requester
         wanted = [] if requester is None or not segment.looks else [requester.layer]
+        first = not state.length
+        if first and prefixes and not prefixes.not_supported_reasons(segment):
+            hidden = prefixes.begin(segment, embeds, state)
+            self._count(state, segment.mask.sum(1))
+            return hidden
         parts, index = self._divide(segment, percept, state)
         hidden = self._run(parts, embeds, state, wanted)
         if index != list(range(len(state.mask))):
@@ -416,7 +438,7 @@ class Engine:
             model.requester.layer,
         )
         request: Request = model.call("request", context=context)
-        self._check("request", request, "values", (len(looks), None, None))
+        expect(self.model, "request", request, "values", (len(looks), None, None))
         if clock:
             clock.lap("request")
         features = percept.features.select(
@@ -425,7 +447,7 @@ class Engine:
         request = replace(request, return_map=return_map)
         message: VisualMessage = model.call("interact", request=request, features=features)
         width = (len(looks), model.interaction.length, model.interaction.width)
-        self._check("interact", message, "values", width)
+        expect(self.model, "interact", message, "values", width)
         if clock:
             clock.lap("interact")
         injected = model.call(
@@ -449,42 +471,11 @@ class Engine:
         n, caches = len(looks), injector.caches
         slots = (n, injector.fills, backbone.D_in) if injector.fills else None
         sizes = (n, len(backbone.layers), caches, backbone.kv_heads, backbone.head_dim)
-        tokens = self._check("inject", injected, "tokens", slots)
-        keys = self._check("inject", injected, "keys", sizes if caches else None)
-        values = self._check("inject", injected, "values", sizes if caches else None)
+        tokens = expect(self.model, "inject", injected, "tokens", slots)
+        keys = expect(self.model, "inject", injected, "keys", sizes if caches else None)
+        values = expect(self.model, "inject", injected, "values", sizes if caches else None)
         for look, told in zip(looks, message.values.to(self.model.stage_dtype), strict=True):
             state.told[look.row].append((state.lengths[look.row], told))
         if keys is not None and values is not None:
             state.remember([look.row for look in looks], keys, values, backbone)
         return tokens
-
-    def _check(
-        self, stage: str, result: Any, attribute: str, expected: tuple[int | None, ...] | None
-    ) -> Tensor | None:
-        """Return a tensor in a stage's result if it has the shape that the engine needs.
-
-        Args:
-            stage: whose.
-            result: what it returned.
-            attribute: where the tensor should be.
-            expected: its shape, None for any size; None where there should be no tensor.
-        """
-        tensor = None if isinstance(result, Tensor) else getattr(result, attribute, None)
-        if expected is None and tensor is None:
-            return None
-        if (
-            expected is not None
-            and isinstance(tensor, Tensor)
-            and tensor.ndim == len(expected)
-            and all(e in (None, g) for e, g in zip(expected, tensor.shape, strict=True))
-        ):
-            return tensor
-        sizes = ", ".join("·" if e is None else str(e) for e in expected or ())
-        wanted = f"no {attribute}" if expected is None else f"({sizes})"
-        got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(result).__name__
-        part = {"request": "requester", "interact": "interaction", "inject": "injector"}[stage]
-        module = type(getattr(self.model, part)).__name__
-        raise ShapeError(
-            f"stage {stage} of {self.model.label(stage)} ({module}) returned {got}, "
-            f"expected {wanted}."
-        )

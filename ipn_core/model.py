@@ -42,6 +42,7 @@ from ipn_core.tasks import Picture
 if TYPE_CHECKING:
     from ipn_core.backbone import Backbone
     from ipn_core.features import VisualFeatures
+    from ipn_core.prefixes import PrefixCache
 
 __all__ = ["IPN"]
 
@@ -380,17 +381,21 @@ class IPN(nn.Module):
         return Dialogue(self, images)
 
     def forward(
-        self, prompts: Sequence[Prompt], features: VisualFeatures | None = None
+        self,
+        prompts: Sequence[Prompt],
+        features: VisualFeatures | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> tuple[Tensor, int]:
         """Return the summed loss of the answers to learn and the number of their tokens.
 
         Args:
             prompts: each ends with an answer to learn.
             features: what the encoder makes of their pictures, if it is known.
+            prefixes: keeps what the LLM makes of beginnings that never change, if given.
         """
         plans = [self.planner.plan(prompt) for prompt in prompts]
         percept = self.perceive([p.images for p in plans], [p.question for p in plans], features)
-        loss, count, _ = self.engine.loss(plans, percept)
+        loss, count, _ = self.engine.loss(plans, percept, prefixes)
         return loss, count
 
 

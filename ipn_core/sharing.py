@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ipn_core.segments import IGNORED, Segment
 
-__all__ = ["Part", "divide", "undivided"]
+__all__ = ["Part", "contents", "divide", "undivided"]
 
 WORTH_SHARING = 32
 """Tokens that are not run again, from which on a forward of their own pays."""
@@ -61,7 +61,7 @@ def divide(
     Returns:
         The parts; and for each row, its index among the beginnings of the last part.
     """
-    keys = [_keys(segment, row, pictures) for row in range(len(segment.ids))]
+    keys = [contents(segment, row, pictures) for row in range(len(segment.ids))]
     padding = [segment.length - len(key) for key in keys]
     begun, index = [0] * len(keys), [0] * len(keys)
     parts: list[Part] = []
@@ -91,15 +91,21 @@ def divide(
     return parts, index
 
 
-def _keys(
-    segment: Segment, row: int, pictures: Mapping[tuple[int, int], Hashable]
+def contents(
+    segment: Segment, row: int, pictures: Mapping[tuple[int, int], Hashable] | None = None
 ) -> list[Hashable]:
-    """Return for each position of a row, padding left out, what makes it equal to another's."""
+    """Return for each position of a row, padding left out, what makes it equal to another's.
+
+    Args:
+        segment: the row's.
+        row: which one.
+        pictures: as in `divide`; None for a segment without static tokens.
+    """
     keys: list[Hashable] = list(segment.ids[row].tolist())
     for place in segment.statics:
         if place.row == row:
             for i in range(place.length):
-                keys[place.start + i] = (pictures[row, place.image], i)
+                keys[place.start + i] = ((pictures or {})[row, place.image], i)
     if any(look.row == row for look in segment.looks):
         for i in range(segment.request):
             keys[len(keys) - segment.request + i] = ("request", i)

@@ -11,9 +11,16 @@ from ipn_core.config import Config
 __all__ = ["DataConfig", "StageConfig", "TrainConfig"]
 
 
+_PREFIXES = 2.0
+
+
 def _unset(value: Any) -> bool:
     """Leave an option out of what is written and compared where it changes nothing."""
     return not value
+
+
+def _usual_prefixes(value: float) -> bool:
+    return value == _PREFIXES
 
 
 class DataConfig(Config):
@@ -104,6 +111,8 @@ class TrainConfig(Config):
         precision: fp32, or autocast to bf16 or fp16.
         checkpointing: keep of each LLM layer only its inputs, and compute the rest again for the
             gradient: less memory, more time, the same weights.
+        prefix_cache: GiB of memory in which each process keeps the LLM's keys and values of
+            questions that come again, where nothing before `<img-q>` trains; 0 for none.
         workers: processes that decode the pictures of streams; 0 for the training's own.
         save_every: steps between saved states, from which `--resume` goes on.
         keep: how many saved states to have, the last ones.
@@ -122,6 +131,7 @@ class TrainConfig(Config):
     seed: int = Field(default=0, ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     checkpointing: bool = Field(default=False, exclude_if=_unset)
+    prefix_cache: float = Field(default=_PREFIXES, ge=0, exclude_if=_usual_prefixes)
     workers: int = Field(default=0, ge=0, exclude_if=_unset)
     save_every: int = Field(default=200, ge=1)
     keep: int = Field(default=1, ge=1)

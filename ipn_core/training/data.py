@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ipn_core.config import Layout
     from ipn_core.model import IPN
     from ipn_core.plugins import Registry
+    from ipn_core.prefixes import PrefixCache
     from ipn_core.prompt import Prompt
     from ipn_core.tasks import Task
     from ipn_core.training.requests import RequestCache
@@ -76,6 +77,7 @@ class Batch:
             far as they are known beforehand.
         whole: what they are a share of; None where they are all there is.
         rows: their indices in it.
+        prefixes: keeps what the LLM makes of beginnings that never change; None for nothing.
     """
 
     examples: Sequence[Example]
@@ -83,6 +85,7 @@ class Batch:
     hidden: Sequence[Tensor] = ()
     whole: Whole | None = None
     rows: Sequence[int] = ()
+    prefixes: PrefixCache | None = None
 
     @property
     def step(self) -> Sequence[Example]:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ipn_core.errors import ConfigError, TrainingError
+from ipn_core.prefixes import PrefixCache
 from ipn_core.training.checks import awake, check_gradients, finite_gradients, first_bad
 from ipn_core.training.data import Batch, Data, DataSource, Whole, known_features, make_batch
 from ipn_core.training.guards import Pinned, check_batch, check_finite, first_not_finite
 from ipn_core.training.objectives import Objective, build_objectives, request_of
 from ipn_core.training.parameters import choose, groups
-from ipn_core.training.processes import gathered, shares, together, whole
-from ipn_core.training.requests import RequestCache, requests_are_constant
+from ipn_core.training.processes import gathered, sharded, shares, together, whole
+from ipn_core.training.requests import RequestCache, prefixes_come_again, requests_are_constant
 from ipn_core.training.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class StageRun:
 
     Attributes:
         trained: the parameters that it trains, by name.
+        prefixes: keeps the LLM's keys and values of questions; None where that saves nothing.
         optimizer: AdamW over them.
         step: optimizer steps done.
     """
@@ -97,7 +99,24 @@ class StageRun:
         accelerator: Accelerator,
         seed: int,
         digest: Callable[[], str],
+        prefixes: int = 0,
     ) -> None:
+        """Choose what trains, and what of the rest is worth keeping.
+
+        Args:
+            stage: what to do.
+            model: is changed in place.
+            data: what it learns from.
+            cache: of the features of all pictures.
+            registry: where objectives are looked up.
+            accelerator: one process or several.
+            seed: of order and noise.
+            digest: of the backbone's own weights, made only where it is needed.
+            prefixes: bytes for the LLM's keys and values of questions that come again.
+
+        Raises:
+            ConfigError: model or data cannot serve the stage.
+        """
         self.stage = stage
         self.model = model
         self.cache = cache
@@ -112,6 +131,10 @@ class StageRun:
         if constant and any(not o.through_llm for o, _ in objectives):
             answers = next((o.answers for o, _ in objectives if o.answers is not None), None)
             self.requests = RequestCache(model, digest(), answers=answers)
+        self.prefixes = None
+        # Processes that share weights out must run the LLM equally often.
+        if prefixes and not sharded(accelerator) and prefixes_come_again(model, stage, data):
+            self.prefixes = PrefixCache(model, prefixes)
         share = (accelerator.process_index, accelerator.num_processes)
         self.sampler = Sampler(data, stage, seed, share)
         optimizer = torch.optim.AdamW(groups(self.trained, stage), betas=stage.betas)
@@ -389,8 +412,9 @@ class StageRun:
         return shares(self.accelerator, counts)
 
     def _to_device(self, batch: Batch) -> Batch:
+        """Make a batch ready for the model: features on its device, and where prefixes are kept."""
         features = batch.features.to(self.accelerator.device)
-        return replace(batch, features=features)
+        return replace(batch, features=features, prefixes=self.prefixes)
 
     def _seed(self) -> None:
         """Let all noise of a step follow from seed, stage, step and process."""

@@ -371,7 +371,7 @@ def build_objectives(
 
 
 def _language(model: IPN, batch: Batch) -> Tensor:
-    total, count = model(batch.prompts(model), batch.features)
+    total, count = model(batch.prompts(model), batch.features, batch.prefixes)
     if not count:
         raise TrainingError("a batch has no label left to learn from: all its tokens are masked.")
     mean: Tensor = total / count

@@ -1,4 +1,4 @@
-"""Requests that are constants: the hidden states at `<img-q>` of repeated questions.
+"""What is constant about repeated questions: above all the hidden states at `<img-q>`.
 
 Where no static token, layer injection or trained `<img-q>` stands before the request, it depends on
 the question alone, and the LLM need read each question only once. So does that of a further look,
@@ -16,32 +16,50 @@ import torch
 from torch import Tensor
 
 from ipn_core.files import atomic_write
+from ipn_core.prefixes import changing_reasons
 from ipn_core.stages import Connector
 from ipn_core.tasks import Example
 from ipn_core.training.answers import Answers, Told, looking, targets
-from ipn_core.training.data import prompt_of
+from ipn_core.training.data import DataSource, Examples, prompt_of
 from ipn_core.weights import cache_dir
 
 if TYPE_CHECKING:
     from ipn_core.features import VisualFeatures
     from ipn_core.model import IPN
+    from ipn_core.training.config import StageConfig
 
-__all__ = ["RequestCache", "backbone_digest", "read_requests", "requests_are_constant"]
+__all__ = [
+    "RequestCache",
+    "backbone_digest",
+    "prefixes_come_again",
+    "read_requests",
+    "requests_are_constant",
+]
 
 _BATCH = 32
+_AGAIN = 4
+"""How often a question comes on average, from which on it pays to read it once and alone."""
 
 
 def requests_are_constant(model: IPN) -> bool:
     """Whether the hidden state at the first `<img-q>` depends on the question alone."""
     return (
-        model.requester is not None
+        not changing_reasons(model)
         and not isinstance(model.perceiver, Connector)
-        and model.injector is not None
-        and model.injector.needs_message
-        and not model.slots.request.requires_grad
-        and not any(p.requires_grad for p in model.backbone.parameters())
         and model.config.layout.order.index("look") > model.config.layout.order.index("text")
     )
+
+
+def prefixes_come_again(model: IPN, stage: StageConfig, data: Sequence[DataSource]) -> bool:
+    """Whether it pays to keep what the LLM makes of the questions of a stage.
+
+    It follows from the config and the data alone, so that a resumed training decides alike.
+    """
+    if changing_reasons(model) or not all(isinstance(one, Examples) for one in data):
+        return False
+    distinct = {(e.question, len(e.images)) for one in data for e in one.examples}
+    drawn = stage.steps * stage.accumulate * stage.groups * stage.per_group
+    return drawn >= _AGAIN * len(distinct)
 
 
 def backbone_digest(model: IPN) -> str:

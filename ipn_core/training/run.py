@@ -194,6 +194,7 @@ class Training:
                 accelerator=accelerator,
                 seed=self.config.seed,
                 digest=digest,
+                prefixes=int(self.config.prefix_cache * 2**30),
             )
             self._stage(index, run, data, validation, accelerator, log)
             self.cache.flush()
