@@ -19,11 +19,18 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+SLOW_CLAUSES = {
+    "test_it_compiles",  # seconds a component
+    "test_imports_are_cheap",  # a process a plugin, which imports torch anew
+}
+"""Clauses of the contracts that go with what is slow; they are the same for every component."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Compiling takes seconds a component, so that this clause goes with what is slow."""
+    """Mark the slow clauses."""
     for item in items:
-        if getattr(item, "originalname", "") == "test_it_compiles":
+        if getattr(item, "originalname", "") in SLOW_CLAUSES:
             item.add_marker(pytest.mark.slow)
 
 
