@@ -7,19 +7,22 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from ipn_core.comparison.job import Job, run_job_in_own_process
-from ipn_core.errors import IPNError, UserError
+from ipn_core.errors import IPNError, UserError, first_line
 
 __all__ = ["EXECUTORS", "Executor", "Local", "Ray"]
 
 _POLL_S = 0.2
 _TAIL = 400
+_STORE = 100_000_000
+"""Bytes that a cluster of this machine sets aside for objects; jobs read and write files."""
 
 
 class Executor(ABC):
@@ -72,51 +75,109 @@ class Local(Executor):
 def _start(job: Job) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "ipn_core.comparison", str(job.path)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads)}
-    with open(Path(job.folder) / "job.log", "ab") as log:
+    with open(job.log, "ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def _last_words(job: Job) -> str:
-    log = Path(job.folder) / "job.log"
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = job.log.read_text(encoding="utf-8", errors="replace").split("\n")
     said = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-    return f"{said[-_TAIL:]} (all of it is in '{log}')"
+    return f"{said[-_TAIL:]} (all of it is in '{job.log}')"
 
 
 class Ray(Executor):
-    """Tasks of a Ray cluster, which all machines reach the comparison's folder of.
+    """Tasks of a Ray cluster, all of whose machines reach the comparison's folder.
 
-    `RAY_ADDRESS` names the cluster; without it one is started on this machine.
+    `RAY_ADDRESS` names the cluster, whose own size then says how many jobs run at once; without it
+    one of `workers` is started on this machine.
     """
 
     def run(self, jobs: Sequence[Job], ended: Callable[[Job, str | None], object]) -> None:
-        """Hand all jobs to the cluster and wait for them."""
+        """Hand all jobs to the cluster and wait for them; an interruption ends those that run."""
+        # Ray tells its makers about clusters unless it is told not to.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            import ray  # type: ignore[import-not-found]
+            import ray
         except ImportError:
             raise UserError(
                 "--executor ray needs the package ray: pip install 'ipn-core[ray]'."
             ) from None
-        if not ray.is_initialized():
-            local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": self.workers}
-            ray.init(log_to_driver=False, include_dashboard=False, **local)
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        remote = ray.remote(run_job_in_own_process)
-        # One worker of `num_cpus` counts as one here: a job's threads are set inside it.
-        tasks = {remote.options(num_cpus=1, num_gpus=gpus).remote(job): job for job in jobs}
-        try:
-            while tasks:
-                done, _ = ray.wait(list(tasks), num_returns=1)
-                for task in done:
-                    ended(tasks.pop(task), _outcome(ray, task))
-        finally:
-            for task in tasks:
-                ray.cancel(task, force=True)
+        threads = max((job.threads for job in jobs), default=1)
+        with _cluster(ray, self.workers * threads):
+            threads = min(threads, _most_cores(ray))
+            gpus = 1 if ray.cluster_resources().get("GPU") else 0
+            # A process of its own for each job, as its peak memory is that of its process.
+            remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_calls=1)(_run_task)
+            tasks = {remote.remote(job, os.getcwd()): job for job in jobs}
+            try:
+                while tasks:
+                    done, _ = ray.wait(list(tasks), num_returns=1)
+                    for task in done:
+                        ended(tasks.pop(task), _outcome(ray, task))
+            finally:
+                for task in tasks:
+                    ray.cancel(task, force=True)
 
 
-def _outcome(ray: object, task: object) -> str | None:
+@contextlib.contextmanager
+def _cluster(ray: Any, cores: int) -> Iterator[None]:
+    """Use the cluster that there is, or start one and end it.
+
+    Args:
+        ray: the module.
+        cores: of a cluster on this machine.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        # Its processes were started elsewhere, with the settings of whoever did it.
+        ours = {name: value for name, value in os.environ.items() if name.startswith("IPN_")}
+        options: dict[str, Any] = {"runtime_env": {"env_vars": ours}}
+    else:
+        options = {"address": "local", "num_cpus": cores, "include_dashboard": False}
+        options["object_store_memory"] = _STORE
     try:
-        ray.get(task)  # type: ignore[attr-defined]
+        ray.init(log_to_driver=False, logging_level="error", **options)
+    except ConnectionError as error:
+        raise UserError(
+            f"the Ray cluster of RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} cannot be joined: "
+            f"{first_line(error)} Check that it runs, and RAY_AUTH_MODE, which joining one with "
+            "tokens needs."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _most_cores(ray: Any) -> int:
+    """Return the cores of the largest machine: a task that asks for more would wait for ever."""
+    return max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+
+
+def _run_task(job: Job, folder: str) -> None:
+    """Do a job on a machine of the cluster; what it says goes to its `job.log`.
+
+    Args:
+        job: what to do.
+        folder: where the comparison was started, for relative paths in its config.
+    """
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    with open(job.log, "ab") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    try:
+        run_job_in_own_process(job)
+    except Exception:
+        traceback.print_exc()
+        raise
+
+
+def _outcome(ray: Any, task: object) -> str | None:
+    try:
+        ray.get(task)
     except Exception as error:
         cause = getattr(error, "cause", error)
         if isinstance(cause, KeyboardInterrupt):

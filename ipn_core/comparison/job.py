@@ -76,6 +76,11 @@ class Job:
         """Where it is written down."""
         return Path(self.folder) / JOB
 
+    @property
+    def log(self) -> Path:
+        """What it says where it has a process of its own."""
+        return Path(self.folder) / "job.log"
+
     def check(self) -> None:
         """Refuse a folder that holds something else under the same name.
 
