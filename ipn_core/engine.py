@@ -112,7 +112,8 @@ class Engine:
                 targets = segment.labels[:, segment.length - last.shape[1] + 1 :]
                 labels = targets.to(last.device)
                 learned = labels != IGNORED
-                logits = self.model.backbone.logits(last[:, :-1][learned])
+                with self.model.driving("logits"):
+                    logits = self.model.backbone.logits(last[:, :-1][learned])
                 total = total + F.cross_entropy(logits, labels[learned], reduction="sum")
                 count += int((targets != IGNORED).sum())
         return total, count, state
@@ -232,8 +233,10 @@ class Engine:
         device = self.model.backbone.device
         if state is None:
             empty = torch.zeros(len(plans), 0, dtype=torch.bool, device=device)
+            with self.model.driving("new_cache"):
+                cache = self.model.backbone.new_cache()
             state = State(
-                self.model.backbone.new_cache(),
+                cache,
                 empty,
                 [0] * len(plans),
                 pictures,
@@ -270,7 +273,8 @@ class Engine:
         `filled` has what each row's last look brought; rows that sit out segments read it later.
         """
         backbone, slots = self.model.backbone, self.model.slots
-        embeds = backbone.embed(segment.ids.to(backbone.device))
+        with self.model.driving("embed"):
+            embeds = backbone.embed(segment.ids.to(backbone.device))
         index: list[tuple[int, int]] = []
         values: list[Tensor] = []
         if segment.statics and percept.tokens is not None:
@@ -332,7 +336,8 @@ class Engine:
             full = full and not part.padded
             positions = (state.mask.long().cumsum(1) - 1).clamp(min=0)[:, -mine.shape[1] :]
             mask = None if full else state.mask
-            out = self.model.backbone.extend(mine, state.cache, positions, mask, wanted)
+            with self.model.driving("extend"):
+                out = self.model.backbone.extend(mine, state.cache, positions, mask, wanted)
             hidden = {**out.hidden, -1: out.last}
         return hidden
 
@@ -477,5 +482,6 @@ class Engine:
         for look, told in zip(looks, message.values.to(self.model.stage_dtype), strict=True):
             state.told[look.row].append((state.lengths[look.row], told))
         if keys is not None and values is not None:
-            state.remember([look.row for look in looks], keys, values, backbone)
+            with self.model.driving("remember"):
+                state.remember([look.row for look in looks], keys, values, backbone)
         return tokens

@@ -93,7 +93,7 @@ class ChecksumError(DownloadError):
 
 
 class StageError(IPNError):
-    """A stage or attention backend, or a wrapper of it, failed; the text names who brought it."""
+    """A stage or another component failed while it ran; the text names who brought it."""
 
 
 class TrainingError(IPNError):

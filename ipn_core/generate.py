@@ -107,7 +107,8 @@ def _generate(
     texts = [plan.text_ids for plan in plans]
     processors = LogitsProcessorList(options.pop("logits_processor", None) or [])
     processors.extend(prompt_processors(options, lm.generation_config, texts, looked))
-    with model.engine.layers(state, percept, repeats), clock.decoding(lm):
+    layers, faults = model.engine.layers(state, percept, repeats), model.driving("forward", lm)
+    with layers, clock.decoding(lm), faults:
         output = lm.generate(
             inputs_embeds=torch.cat([held, prefix.embeds], dim=1),
             attention_mask=mask.long(),

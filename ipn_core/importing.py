@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ipn_core.model import IPN
-    from ipn_core.plugins import Registry
+    from ipn_core.plugins import Component, Registry
 
 __all__ = ["Imported", "Importer", "find_import"]
 
@@ -123,12 +123,14 @@ class Imported:
         source: the part after the colon.
         folder: where the files lie.
         importer: what reads them.
+        component: under which the importer is registered.
     """
 
     name: str
     source: str
     folder: Path
     importer: Importer
+    component: Component
 
     @cached_property
     def whole(self) -> Any:
@@ -149,8 +151,14 @@ class Imported:
         return config
 
     def config(self, registry: Registry) -> IPNConfig:
-        """Return the config of the model that it becomes."""
-        values = self.importer.config(self.whole, self.name, self.source, self.folder)
+        """Return the config of the model that it becomes.
+
+        Raises:
+            StageError: the importer failed; the text names its plugin.
+        """
+        whole = self.whole
+        with self.component.running("config"):
+            values = self.importer.config(whole, self.name, self.source, self.folder)
         return IPNConfig.resolve(values, registry, f"the config of '{self.name}'")
 
     def state(self, model: IPN) -> dict[str, Tensor]:
@@ -158,20 +166,24 @@ class Imported:
 
         Raises:
             CheckpointError: the checkpoint lacks a tensor.
+            StageError: the importer failed; the text names its plugin.
         """
-        try:
-            state = self.importer.state(self.whole, TensorFiles(self.folder))
-        except KeyError as error:
-            raise CheckpointError(
-                f"the weights '{self.name}' have no tensor {error}. Fetch them again."
-            ) from None
+        whole, tensors = self.whole, TensorFiles(self.folder)
+        with self.component.running("state"):
+            try:
+                state = self.importer.state(whole, tensors)
+            except KeyError as error:
+                raise CheckpointError(
+                    f"the weights '{self.name}' have no tensor {error}. Fetch them again."
+                ) from None
         slots = {f"slots.{k}": v for k, v in model.slots.state_dict().items()}
         return {**slots, "slots.image": torch.zeros_like(slots["slots.image"]), **state}
 
     def language_model(self, dtype: Any) -> PreTrainedModel:
         """Load its language model alone; see `Importer.language_model`."""
         _ = self.whole
-        return self.importer.language_model(self.folder, dtype)
+        with self.component.running("language_model"):
+            return self.importer.language_model(self.folder, dtype)
 
 
 def find_import(name: str | Path, registry: Registry) -> Imported | None:
@@ -194,4 +206,4 @@ def find_import(name: str | Path, registry: Registry) -> Imported | None:
     target: Any = known[prefix].load()
     with known[prefix].building():
         importer: Importer = target()
-    return Imported(str(name), source, place, importer)
+    return Imported(str(name), source, place, importer, known[prefix])

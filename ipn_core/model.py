@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -18,6 +17,7 @@ from ipn_core.config import ComponentConfig, IPNConfig, Layout
 from ipn_core.dialogue import Dialogue
 from ipn_core.engine import Engine
 from ipn_core.errors import ConfigError, IPNError, ShapeError, StageError
+from ipn_core.faults import naming, ran
 from ipn_core.generate import decode
 from ipn_core.hooks import PROJECT, StageSpec
 from ipn_core.images import load_image
@@ -82,11 +82,13 @@ class IPN(nn.Module):
         self.injector = injector
         self.name = name
         self._registry = registry
+        with self.driving("embed"):
+            words = _request_words(backbone, config.layout)
         self.slots = Slots(
             config.layout.request,
             config.layout.dynamic,
             backbone.lm.get_input_embeddings().weight,
-            _request_words(backbone, config.layout),
+            words,
         ).to(backbone.device)
         self.look_head: LookHead | None = None
         if config.layout.look_again:
@@ -137,6 +139,8 @@ class IPN(nn.Module):
             adapter = component.load()
             with component.building():
                 backbone = adapter.load(config.backbone, registry)
+                # An adapter that does not know its own sizes was not built.
+                _ = backbone.D_hidden, backbone.template, backbone.eos_ids
         elif config.backbone.lora is not None and backbone.lora is None:
             raise ConfigError(
                 "the config asks for backbone.lora, and the backbone given has no adapter: call "
@@ -260,13 +264,14 @@ class IPN(nn.Module):
             yield self.encoder
 
     def label(self, stage: str) -> str:
-        """Return who brought a stage, such as "plugin ipn-rvii 0.1.0", for messages."""
+        """Return who brought a stage or the backbone: "plugin ipn-rvii 0.1.0", for messages."""
         kind, part = {
             "encode": ("perceiver", self.config.encoder),
             "perceive": ("perceiver", self.config.perceive or self.config.encoder),
             "request": ("requester", self.config.request),
             "interact": ("interaction", self.config.interact),
             "inject": ("injector", self.config.inject),
+            "backbone": ("backbone", self.config.backbone),
         }[stage]
         registry = self._registry or get_registry()
         found = registry.entries(kind).get(part.name) if part else None
@@ -341,12 +346,26 @@ class IPN(nn.Module):
         except Exception as error:
             who = self.label(stage)
             # A connector, and an interaction that looks again, call the encoder themselves.
-            frames = traceback.walk_tb(error.__traceback__)
-            if any(frame.f_locals.get("self") is self.encoder for frame, _ in frames):
+            if ran(self.encoder, error):
                 stage, who = "perceive", self.label("encode")
             raise StageError(
                 f"stage {stage} of {who} failed: {type(error).__name__}: {error}"
             ) from error
+
+    def driving(
+        self, method: str, lm: nn.Module | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Name who brought the backbone in whatever goes wrong while the block runs a method of it.
+
+        Args:
+            method: such as "extend".
+            lm: where transformers runs the model in the block, the one whose `method` is meant.
+
+        Raises:
+            StageError: see `ipn_core.faults.naming`.
+        """
+        name = self.config.backbone.name
+        return naming(lambda: f"backbone '{name}' of {self.label('backbone')}", method, lm)
 
     def ask(self, image: Any, question: str, **options: Any) -> Answer:
         """Ask one question about one picture.

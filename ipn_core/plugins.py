@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -21,6 +21,7 @@ import pluggy
 
 import ipn_core
 from ipn_core.errors import IPNError, PluginError, UserError, unknown_name
+from ipn_core.faults import naming
 from ipn_core.hooks import PROJECT, DiscoverySpec
 
 __all__ = [
@@ -68,6 +69,11 @@ class Component:
     config: Any
     plugin: Plugin
 
+    @property
+    def label(self) -> str:
+        """Return "interaction 'rvii' of plugin ipn-rvii 0.1.0" for messages."""
+        return f"{self.kind} '{self.name}' of plugin {self.plugin.label}"
+
     def load(self) -> Any:
         """Import and return the target.
 
@@ -112,6 +118,14 @@ class Component:
                 f"{self.kind} '{self.name}' of {self.plugin.label} cannot be built: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+    def running(self, method: str) -> AbstractContextManager[None]:
+        """Name the plugin in whatever goes wrong while the block runs a method of what was built.
+
+        Raises:
+            StageError: see `ipn_core.faults.naming`.
+        """
+        return naming(lambda: self.label, method)
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,9 +139,11 @@ class PrefixCache:
         backbone, requester = self.model.backbone, self.model.requester
         assert requester is not None
         length, device = embeds.shape[1], embeds.device
-        cache = backbone.new_cache()
         positions = torch.arange(length, device=device)[None]
-        out = backbone.extend(embeds, cache, positions, None, [requester.layer])
+        with self.model.driving("new_cache"):
+            cache = backbone.new_cache()
+        with self.model.driving("extend"):
+            out = backbone.extend(embeds, cache, positions, None, [requester.layer])
         self.reads += 1
         held: list[Any] = cache.layers
         short = max(ends - length, 0)  # a row without a look may be shorter than R

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ipn_core.errors import ConfigError, DataError, UnknownNameError, near
+from ipn_core.errors import ConfigError, DataError, PluginError, UnknownNameError, near
+from ipn_core.faults import Guarded
 from ipn_core.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Example:
         return Prompt.ask(self.question, self.images, order=order, answer=answer, looks=looks)
 
 
-class Task(ABC):
+class Task(Guarded, ABC):
     """A source of examples, registered with `registry.task(name, ...)`.
 
     Attributes:
@@ -88,6 +89,7 @@ class Task(ABC):
         default_split: what `ipn eval` asks where no split is named.
     """
 
+    GUARDED = ("examples", "shards", "read")
     splits: tuple[str, ...] = ("test",)
     default_split: str = "test"
 
@@ -155,18 +157,19 @@ def open_task(
     Raises:
         UnknownNameError: it is neither.
         ConfigError: the task takes no such option, or not such a value.
-        PluginError: the task cannot be built.
+        PluginError: the task cannot be built, or is no `Task`.
     """
     from ipn_core.plugins import get_registry
 
     known = (registry or get_registry()).entries("task")
     if name in known:
         target = known[name].load()
-        if isinstance(target, Task):
-            if options:
-                raise ConfigError(f"task '{name}' takes no options, got {', '.join(options)}.")
-            return target
-        return _build(known[name], target, options or {})
+        if not isinstance(target, Task):
+            target = _build(known[name], target, options or {})
+        elif options:
+            raise ConfigError(f"task '{name}' takes no options, got {', '.join(options)}.")
+        target.sign(known[name].label)
+        return target
     # `os.path` instead of `Path`: a text too long for a file's name is no file, and no failure.
     if name.endswith((".jsonl", ".json", ".tar")) or os.path.isfile(name):
         kind = _file_kind(name)
@@ -191,7 +194,12 @@ def _build(component: Component, target: Callable[..., Task], options: Mapping[s
     """Build a task, its options checked against the names and types of its signature."""
     given = _checked(f"task '{component.name}'", target, options)
     with component.building():
-        return target(**given)
+        task = target(**given)
+    if not isinstance(task, Task):
+        raise PluginError(
+            f"{component.label} must be a subclass of ipn_core.tasks.Task, got {target!r}."
+        )
+    return task
 
 
 def _checked(what: str, target: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

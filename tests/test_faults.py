@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from broken import OddError, install, raises
 from installed import installed
 from pydantic import model_validator
 from toys import LinearConnector, picture, toy_model, toy_registry
 
-from ipn_core import plugins
 from ipn_core.attention import AttentionBackend, attend
 from ipn_core.builtin.injectors import TokenInjector
 from ipn_core.builtin.requesters import HiddenState
@@ -22,24 +22,11 @@ from ipn_core.errors import IPNError, PluginError, ShapeError, StageError
 from ipn_core.hooks import hookimpl
 from ipn_core.importing import Importer, find_import
 from ipn_core.model import IPN
-from ipn_core.plugins import KINDS, Plugin, Registry, discover, get_registry
+from ipn_core.plugins import KINDS, Registry, discover, get_registry
 from ipn_core.stages import LayerInjector
 from ipn_core.tasks import Example, Task, open_task
 from ipn_core.testing.interactions import TinyLook
 from ipn_core.testing.tiny import TinyEncoder, tiny_backbone
-
-
-class OddError(Exception):
-    """No error of ours, and none of torch's."""
-
-
-def raises(base: type, method: str) -> type:
-    """A class of which one method raises."""
-
-    def fail(*arguments: Any, **options: Any) -> Any:
-        raise OddError("of its own")
-
-    return type("Broken", (base,), {method: fail})
 
 
 class Attends(AttentionBackend):
@@ -135,18 +122,10 @@ class Broken:
         registry.attention("broken", fails)
 
 
-def install(found: Registry) -> Registry:
-    """Add the broken plugin, as one of the distribution ipn-broken 1.2."""
-    plugin = Plugin("broken", "ipn-broken", "1.2")
-    found.plugins.append(plugin)
-    plugins._Discovery(found).register(plugin, Broken())
-    return found
-
-
 @pytest.fixture(scope="module")
 def registry() -> Registry:
     """Everything installed, the toys, and the broken plugin."""
-    return install(toy_registry())
+    return install(toy_registry(), Broken())
 
 
 def config(named: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -308,7 +287,7 @@ def everywhere() -> Iterator[None]:
     mine = get_registry()
     before = {kind: dict(named) for kind, named in mine.components.items()}
     listed = list(mine.plugins)
-    install(mine)
+    install(mine, Broken())
     yield
     mine.plugins[:] = listed
     for kind, named in before.items():

@@ -219,11 +219,8 @@ def _run(backend: AttentionBackend, inputs: AttentionInputs) -> Tensor | tuple[T
         raise
     except Exception as error:
         # Whoever attends, such as an interaction, is not to be blamed for it.
-        plugin = get_registry().get("attention", backend.name).plugin
-        raise StageError(
-            f"attention '{backend.name}' of plugin {plugin.label} failed: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        who = get_registry().get("attention", backend.name).label
+        raise StageError(f"{who} failed: {type(error).__name__}: {error}") from error
 
 
 def _nothing(inputs: AttentionInputs) -> Tensor | tuple[Tensor, Tensor]:

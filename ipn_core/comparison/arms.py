@@ -12,6 +12,7 @@ from ipn_core.config import lay_over, set_by_path
 from ipn_core.errors import ConfigError, UserError
 from ipn_core.model import IPN
 from ipn_core.training.data import Data
+from ipn_core.training.objectives import build_objective
 from ipn_core.training.parameters import trainable
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ class Arms:
         serves, refusals = {}, {}
         for name, weight in objectives.items():
             try:
-                self.registry.get("objective", name).load()(model, self.data)
+                build_objective(name, model, self.data, self.registry)
                 serves[name] = weight
             except ConfigError as error:
                 refusals[name] = str(error)

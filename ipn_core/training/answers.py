@@ -106,10 +106,9 @@ def directions(model: IPN, words: Sequence[str]) -> Tensor:
     It is the mean input embedding of the word's tokens, centred over all the words.
     """
     backbone = model.backbone
-    means = [
-        backbone.embed(torch.tensor([_ids(model, word)], device=backbone.device))[0].mean(0)
-        for word in words
-    ]
+    ids = [torch.tensor([_ids(model, word)], device=backbone.device) for word in words]
+    with model.driving("embed"):
+        means = [backbone.embed(one)[0].mean(0) for one in ids]
     embeddings = torch.stack(means).float()
     return F.normalize(embeddings - embeddings.mean(0), dim=-1)
 

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ipn_core.errors import ConfigError, TrainingError
+from ipn_core.errors import ConfigError, PluginError, TrainingError
+from ipn_core.faults import Guarded
 from ipn_core.plan import Plan, RequestSlot, Tokens
 from ipn_core.stages import RequestContext, VisualMessage
 from ipn_core.training.answers import Answers, Told, looking, targets
@@ -43,12 +44,13 @@ __all__ = [
     "Objective",
     "RequestImage",
     "Verbalise",
+    "build_objective",
     "build_objectives",
     "request_of",
 ]
 
 
-class Objective(ABC):
+class Objective(Guarded, ABC):
     """One term of the loss.
 
     Attributes:
@@ -58,6 +60,7 @@ class Objective(ABC):
         answers: what looks shall bring, for objectives towards that.
     """
 
+    GUARDED = ("loss", "labels", "correct")
     name: str
     through_llm = False
     unit = "examples"
@@ -362,12 +365,30 @@ def build_objectives(
 
     Raises:
         ConfigError: the model or the data cannot serve one.
+        PluginError: one cannot be built, or is no `Objective`.
         UnknownNameError: there is no such objective.
     """
     return [
-        (registry.get("objective", name).load()(model, data), weight)
+        (build_objective(name, model, data, registry), weight)
         for name, weight in stage.objectives.items()
     ]
+
+
+def build_objective(
+    name: str, model: IPN, data: Sequence[DataSource], registry: Registry
+) -> Objective:
+    """Build one objective; see `build_objectives`."""
+    component = registry.get("objective", name)
+    target = component.load()
+    with component.building():
+        objective = target(model, data)
+    if not isinstance(objective, Objective):
+        raise PluginError(
+            f"{component.label} must be a subclass of ipn_core.training.objectives.Objective, got "
+            f"{target!r}."
+        )
+    objective.sign(component.label)
+    return objective
 
 
 def _language(model: IPN, batch: Batch) -> Tensor:
