@@ -60,11 +60,11 @@ def picture(grid: tuple[int, int], width: int = 8, seed: int = 0) -> VisualFeatu
 
 
 # -- the published sizes -------------------------------------------------------------------------
-# Honeybee's released configuration (khanrc/honeybee, configs/model_config/c-abs.yaml: depth 3,
-# mlp_depth 2, hidden_size 1024, pos_emb, no prenorm, no eos tokens) over CLIP ViT-L/14 at 224
-# pixels, whose 256 patches are 1024 wide, for a 4096 wide LLM. The paper (arXiv 2312.06742) gives
-# the parts but, as far as we know, no count; the formulas below count timm's RegStage by its
-# definition, and agree with what timm 0.9.12 builds (7,914,240 for each stage of three blocks).
+# Honeybee's released configuration (khanrc/honeybee at 68a8d84, configs/model_config/c-abs.yaml:
+# depth 3, mlp_depth 2, hidden_size 1024, pos_emb, no prenorm, no eos tokens) over CLIP ViT-L/14 at
+# 224 pixels, whose 256 patches are 1024 wide, for a 4096 wide LLM. No parameter count is published
+# that we could find (the released training prints one, and no output of it is there); the expected
+# counts are those of what the released code builds with the timm 0.9.8 that it asks for.
 
 
 def published_block(C: int) -> int:
@@ -80,7 +80,9 @@ def published_block(C: int) -> int:
     ("tokens", "grid", "llm", "expected"),
     [
         (144, 16, 4096, 37_070_336),  # Honeybee-C-7B-M144: 224 pixels, Vicuna 7B
-        (256, 24, 5120, 47_885_824),  # Honeybee-C-13B-M256: 336 pixels, Vicuna 13B
+        (256, 16, 4096, 37_070_336),  # more tokens: the pooling has no weights
+        (256, 24, 5120, 47_885_824),  # CLIP ViT-L/14 at 336 pixels, Vicuna 13B
+        (576, 24, 5120, 47_885_824),  # a token a patch
     ],
 )
 def test_the_published_sizes(tokens: int, grid: int, llm: int, expected: int) -> None:
@@ -175,6 +177,36 @@ def test_the_published_steps(hidden: int, grid: tuple[int, int], n: int) -> None
     first, last = model.mlp[0], model.mlp[2]
     tokens = silu(x.flatten(1).T @ first.weight.T + first.bias) @ last.weight.T + last.bias
     torch.testing.assert_close(model.connect(seen, NOTHING)[0], tokens, rtol=1e-4, atol=1e-5)
+
+
+def wave(start: float, *shape: int) -> Tensor:
+    """Numbers that stand for weights, the same on every machine."""
+    count = torch.Size(shape).numel()
+    return torch.sin(start + 0.7 * torch.arange(count, dtype=torch.float64) ** 1.1).reshape(shape)
+
+
+def test_the_released_code_says_the_same() -> None:
+    """What `CAbstractor` of khanrc/honeybee at 68a8d84 gave, on timm 0.9.8, for these weights.
+
+    Its names of ours: `net.0` and `net.2` are `before` and `after`, `b1` the block 0, `conv1` to
+    `conv3` are `reduce`, `mix` and `expand`, `se` is `gate`, `readout` is `mlp`.
+    """
+    model = build(6, 5, tokens=4, depth=2, hidden=8, grid=4).double()
+    mine = {k: p for k, p in model.named_parameters() if not k.startswith("encoder.")}
+    with torch.no_grad():
+        for index, name in enumerate(sorted(mine)):
+            mine[name].copy_(wave(index, *mine[name].shape))
+    seen = VisualFeatures.pack([wave(0.5, 16, 6)], [(4, 4)], [0], 1)
+    released = [
+        [-1.670927107, 2.670790705, 2.466661210, 0.233161276, -1.688525881],
+        [-1.268634067, 3.268393074, 2.008198584, -0.716124049, -2.020550368],
+        [-1.425389677, 3.756686237, 2.085956153, -1.111563327, -2.374224258],
+        [-1.584321976, 2.794628108, 2.395323652, 0.036255525, -1.791100176],
+    ]
+    (found,) = model.connect(seen, NOTHING)
+    torch.testing.assert_close(
+        found, torch.tensor(released, dtype=torch.float64), rtol=0, atol=1e-8
+    )
 
 
 # -- ours: any grid ------------------------------------------------------------------------------
