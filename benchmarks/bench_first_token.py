@@ -10,13 +10,8 @@ Run `pytest benchmarks/bench_first_token.py`, or `python -m benchmarks.bench_fir
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,44 +19,35 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.measuring import (
+    GRID,
+    INTERACT,
+    WIDTH,
+    Timed,
+    backbone,
+    collected,
+    in_turn,
+    machine,
+    ratio,
+    spread,
+    threads,
+    timing,
+)
 from ipn_core.clock import Clock
 from ipn_core.features import VisualFeatures
 from ipn_core.generate import decode
 from ipn_core.model import IPN
-from ipn_core.plugins import get_registry
 from ipn_core.prompt import Prompt
 from ipn_core.segments import lay_out
 from ipn_core.stages import InjectContext, Percept, Request, RequestContext
-from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_tokenizer
+from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig
 
 PREFIX = 128
 """Tokens up to and with `<img-q>`."""
 K = 5
-GRID = (8, 8)
-WIDTH = 1280
 LIMIT = 1.10
 """How much more than its floor a first token may take."""
 REPEATS = 30
-SMOLLM2_SHAPE = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-INTERACT = {
-    "name": "rvii",
-    "width": 256,
-    "depth": 2,
-    "heads": 8,
-    "mlp_ratio": 2,
-    "guide": {"width": 128, "tallies": 8},
-}
-
-Timed = dict[str, float]
 
 
 # -- what is timed ---------------------------------------------------------------------------------
@@ -69,7 +55,7 @@ Timed = dict[str, float]
 
 def setup_first_token() -> Case:
     """Build the model, and a prompt whose prefix has `PREFIX` tokens."""
-    backbone, name = _backbone()
+    llm, name = backbone()
     torch.manual_seed(0)
     model = IPN.from_config(
         {
@@ -79,7 +65,7 @@ def setup_first_token() -> Case:
             "interact": INTERACT,
             "layout": {"dynamic": K},
         },
-        backbone=backbone,
+        backbone=llm,
         encoder=TinyEncoder(TinyEncoderConfig(width=WIDTH)),
     )
     patches = torch.randn(GRID[0] * GRID[1], WIDTH)
@@ -130,13 +116,13 @@ class Case:
         """Return the same token by the least that it can cost, and the seconds of each part."""
         backbone, timed = self.model.backbone, {}
         before, after = self.embeds[:, : self.prefix], self.embeds[:, self.prefix + K :]
-        with _timing(timed, "prefix"):
+        with timing(timed, "prefix"):
             output = backbone.lm.base_model(inputs_embeds=before, use_cache=True)
         request = self._request(output.last_hidden_state[:, -1:])
-        with _timing(timed, "interaction"):
+        with timing(timed, "interaction"):
             message = self.model.interaction(request, self.percept.features)
         filled = torch.cat([self._inject(message), after], dim=1)
-        with _timing(timed, "rest"):
+        with timing(timed, "rest"):
             output = backbone.lm.base_model(
                 inputs_embeds=filled, past_key_values=output.past_key_values, use_cache=True
             )
@@ -192,55 +178,24 @@ class Case:
         return int(made[0, -1])
 
 
-def _backbone() -> tuple[Any, str]:
-    """SmolLM2 where its weights are present, else a random LLaMA of its shape."""
-    from ipn_starter.weights import SMOLLM2
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    adapter = get_registry().get("backbone", "llama").load()
-    if SMOLLM2.present():
-        folder = SMOLLM2.folder()
-        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return adapter(lm, AutoTokenizer.from_pretrained(folder)), "SmolLM2-135M-Instruct"
-    torch.manual_seed(0)
-    return adapter(
-        LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPE)), tiny_tokenizer()
-    ), "a random LLaMA of SmolLM2-135M's shape"
-
-
 # -- timing ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _timing(into: Timed, name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    into[name] = time.perf_counter() - started
 
 
 def measure(case: Case, repeats: int) -> dict[str, list[float]]:
     """Time everything in turn; returns the seconds of each row and the parts of the floor."""
-    found: dict[str, list[float]] = {}
     rows: dict[str, Callable[[], Any]] = {
         "request": case.round,
         "floor": case.floor,
         "no request": case.no_request,
         "two passes": case.two_passes,
     }
-    names = list(rows)
-    for repeat in range(-2, repeats):
-        shift = repeat % len(names)
-        timed: Timed = {}
-        for name in names[shift:] + names[:shift]:  # no row is always the one after another
-            with _timing(timed, name):
-                result = rows[name]()
-            if name == "floor":
-                timed |= result[1]
-        timed["floor"] = sum(timed[part] for part in ("prefix", "interaction", "rest"))
-        if repeat >= 0:  # the first two warm up
-            for name, seconds in timed.items():
-                found.setdefault(name, []).append(seconds)
-    return found
+
+    def parted() -> Iterator[tuple[Timed, Any]]:
+        for timed, results in in_turn(rows, repeats):
+            parts = results["floor"][1]
+            yield {**timed, **parts, "floor": sum(parts.values())}, results
+
+    return collected(parted())
 
 
 def check_results(case: Case) -> None:
@@ -254,22 +209,10 @@ def check_results(case: Case) -> None:
         raise AssertionError(f"the rows find different first tokens: {tokens}")
 
 
-def ratio(found: dict[str, list[float]], other: str) -> tuple[float, float, float]:
-    """Return the median, p20 and p80 of a request's time over another row's."""
-    return spread([a / b for a, b in zip(found["request"], found[other], strict=True)])
-
-
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """Return the median, p20 and p80."""
-    low, *_, high = statistics.quantiles(values, n=5)
-    return statistics.median(values), low, high
-
-
 def report(case: Case, found: dict[str, list[float]]) -> str:
     """Say what was measured, on what."""
     lines = [
-        f"first token, {case.llm}, float32, {torch.get_num_threads()} threads of "
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+        f"first token, {case.llm}, {machine()}",
         f"{case.prefix}-token prefix with 1 request, then {K} dynamic and {case.rest - K} more "
         f"tokens; RVII over {GRID[0]}x{GRID[1]} patches; {len(found['request'])} repetitions",
         "",
@@ -289,22 +232,18 @@ def report(case: Case, found: dict[str, list[float]]) -> str:
         lines.append(f"{name:24}{cells}")
     lines.append("")
     for other in ("floor", "no request", "two passes"):
-        middle, low, high = ratio(found, other)
+        middle, low, high = ratio(found["request"], found[other])
         lines.append(f"request / {other:14}{middle:10.3f}   ({low:.3f} to {high:.3f})")
     return "\n".join(lines)
 
 
-def run(repeats: int, threads: int | None = None) -> tuple[str, float]:
+def run(repeats: int, count: int | None = None) -> tuple[str, float]:
     """Return the report and the ratio to the floor; by default all cores work on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    try:
+    with threads(count):
         case = setup_first_token()
         check_results(case)
         found = measure(case, repeats)
-        return report(case, found), ratio(found, "floor")[0]
-    finally:
-        torch.set_num_threads(before)
+        return report(case, found), ratio(found["request"], found["floor"])[0]
 
 
 def verdict(measured: float) -> str | None:
