@@ -84,7 +84,8 @@ def test_the_best_model_of_the_last_stage_that_validates_is_kept(llm: Path, tmp_
 
 
 @pytest.mark.usefixtures("accuracies")
-@pytest.mark.parametrize("step", [8, *(pytest.param(at, marks=pytest.mark.slow) for at in (3, 10))])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 8, 10])
 def test_resuming_never_loses_the_best_model(llm: Path, tmp_path: Path, step: int) -> None:
     training(judged(llm), tmp_path / "whole").run()
     values = judged(llm, save_every=3)

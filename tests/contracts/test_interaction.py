@@ -163,6 +163,7 @@ def test_a_broken_interaction_is_told_the_clause_and_the_mend(target: type) -> N
         check(contract(InteractionContract, target), name)
 
 
+@pytest.mark.slow
 def test_a_plugin_that_imports_torch_at_its_top_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
