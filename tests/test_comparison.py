@@ -156,6 +156,29 @@ def test_going_on_with_a_comparison_that_is_done_trains_nothing(llm: Path, done:
     assert (done / "results.csv").read_text() == rows
 
 
+@pytest.mark.slow
+def test_a_comparison_grows_without_the_weights_of_what_is_done(
+    llm: Path, done: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    for path in sorted(done.rglob("*.json")):
+        if path.name in ("compare.json", "first-token.json", "job.json", "result.json"):
+            kept = moved / path.relative_to(done)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes(path.read_bytes())
+            assert str(done) not in kept.read_text()
+    before = {path: path.read_bytes() for path in moved.rglob("result.json")}
+    comparison({**comparing(llm), "seeds": 2}, moved, resume=True).run()
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(list(moved.rglob("result.json"))) == 2 * len(before)
+    rows = list(csv.DictReader((moved / "results.csv").open()))
+    assert {row["seed"] for row in rows} == {"0", "1"}
+    timed = (done / "first-token.json").read_text()
+    assert (moved / "first-token.json").read_text() == timed
+    for ratio in json.loads(timed).values():
+        assert ratio["spread"] in (moved / "report.md").read_text()
+
+
 def test_some_of_the_arms_can_be_picked(llm: Path) -> None:
     config = CompareConfig.parse(
         {**comparing(llm), "sweep": {"arms": ["static"], "dynamic": [1]}}, "comparing"

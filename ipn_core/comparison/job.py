@@ -99,12 +99,14 @@ class Job:
     def write(self) -> None:
         """Write it down, for a process to read and for a later call to compare with."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.path, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        values = {k: v for k, v in asdict(self).items() if k != "folder"}  # it may be moved
+        atomic_write(self.path, (json.dumps(values, indent=1) + "\n").encode())
 
     @classmethod
     def read(cls, path: Path) -> Job:
         """Read what `write` wrote."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls(folder=str(path.parent.absolute()), **values)
 
 
 def run_job(job: Job, registry: Registry | None = None) -> None:
