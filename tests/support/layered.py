@@ -71,7 +71,7 @@ def environment_with(folder: Path, module: str, *installs: Sequence[str]) -> Ite
     try:
         if made.tried("-c", f"import {module}").returncode:
             for words in installs:
-                done = made.tried("-m", "pip", "install", "--quiet", *words)
+                done = made.tried("-m", "pip", "install", "--quiet", "--no-compile", *words)
                 if done.returncode:
                     told = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
                     pytest.skip(f"{module} cannot be installed here: {' '.join(told)}")
