@@ -12,6 +12,7 @@ from collections.abc import Iterator
 for _name in ("IPN_PLUGINS", "IPN_SMOLLM2"):
     os.environ.pop(_name, None)
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["IPN_ATTENTION_TABLE"] = "off"
 
 import pytest  # noqa: E402  # after the settings above
 import torch  # noqa: E402

@@ -18,7 +18,8 @@ from ipn_core.testing import contracts
 
 CONTRACTS = [getattr(contracts, name) for name in contracts.__all__ if name.endswith("Contract")]
 NEED_A_GPU = {"sdpa-cudnn", "sdpa-efficient", "xformers"} | {
-    f"xformers-{operator}" for operator in ("cutlass", "flash", "flash3")
+    f"xformers-{operator}"
+    for operator in ("blackwell", "ck", "cutlass", "flash", "flash3", "splitk")
 }
 
 

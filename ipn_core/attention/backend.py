@@ -30,6 +30,10 @@ class AttentionBackend(ABC):
         max_head_dim: the widest head, None for no limit.
         supports_value_dim: whether values may have another width than keys.
         supports_mask, supports_bias, supports_lengths: whether each may be given.
+        supports_packed: whether sequences may lie end to end (`query_lengths`); whoever masks with
+            `AttentionInputs.masking` alone does.
+        supports_groups: whether keys may have fewer heads than queries; whoever begins with
+            `AttentionInputs.ungrouped` does.
         supports_map: whether it can return where each query looked.
         supports_grad, supports_bias_grad: whether a backward pass through q, k, v and through the
             bias gives gradients.
@@ -43,6 +47,8 @@ class AttentionBackend(ABC):
     supports_mask: ClassVar[bool] = True
     supports_bias: ClassVar[bool] = True
     supports_lengths: ClassVar[bool] = True
+    supports_packed: ClassVar[bool] = False
+    supports_groups: ClassVar[bool] = False
     supports_map: ClassVar[bool] = False
     supports_grad: ClassVar[bool] = True
     supports_bias_grad: ClassVar[bool] = True
@@ -86,6 +92,12 @@ class AttentionBackend(ABC):
             reasons.append("takes no bias")
         if inputs.lengths is not None and not self.supports_lengths:
             reasons.append("takes no lengths")
+        if inputs.is_packed and not self.supports_packed:
+            reasons.append("takes no sequences end to end")
+        if inputs.is_grouped and not self.supports_groups:
+            reasons.append(
+                f"needs as many heads of keys as of queries, got {inputs.kv_heads} and {q.shape[2]}"
+            )
         if inputs.return_map and not self.supports_map:
             reasons.append("returns no attention map")
         if not self.supports_grad and inputs.needs_grad:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ipn_core.attention.backend import AttentionBackend
+from ipn_core.attention.choice import measured
 from ipn_core.attention.inputs import AttentionInputs
 from ipn_core.errors import AttentionUnavailableError, IPNError, PluginError, StageError
 from ipn_core.plugins import Component, get_registry
@@ -16,7 +17,8 @@ from ipn_core.plugins import Component, get_registry
 __all__ = ["AUTO", "attend", "available_backends", "backend_reasons", "get_backend"]
 
 AUTO = ("xformers", "sdpa", "eager")
-"""What `backend="auto"` tries, in this order; any other backend is used only by name."""
+"""What `backend="auto"` tries, in this order, where nothing was measured (`choice`); any other
+backend is used only by name."""
 
 _made: dict[str, tuple[Component, AttentionBackend]] = {}
 
@@ -30,6 +32,7 @@ def attend(
     mask: Tensor | None = ...,
     bias: Tensor | None = ...,
     lengths: Sequence[int] | None = ...,
+    query_lengths: Sequence[int] | None = ...,
     scale: float | None = ...,
     backend: str = ...,
     return_map: Literal[False] = ...,
@@ -45,6 +48,7 @@ def attend(
     mask: Tensor | None = ...,
     bias: Tensor | None = ...,
     lengths: Sequence[int] | None = ...,
+    query_lengths: Sequence[int] | None = ...,
     scale: float | None = ...,
     backend: str = ...,
     return_map: Literal[True],
@@ -60,6 +64,7 @@ def attend(
     mask: Tensor | None = ...,
     bias: Tensor | None = ...,
     lengths: Sequence[int] | None = ...,
+    query_lengths: Sequence[int] | None = ...,
     scale: float | None = ...,
     backend: str = ...,
     return_map: bool,
@@ -74,6 +79,7 @@ def attend(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     lengths: Sequence[int] | None = None,
+    query_lengths: Sequence[int] | None = None,
     scale: float | None = None,
     backend: str = "auto",
     return_map: bool = False,
@@ -85,12 +91,16 @@ def attend(
 
     Args:
         q: (B, M, H, K) queries.
-        k: (B, N, H, K) keys.
-        v: (B, N, H, Kv) values; keys that are masked out must hold finite numbers too.
+        k: (B, N, Hk, K) keys; H is a multiple of Hk, and H / Hk neighbouring heads of the queries
+            share one of the keys.
+        v: (B, N, Hk, Kv) values; keys that are masked out must hold finite numbers too.
         mask: bool, True where a query may look: (B, N) over the keys, or four dimensions that
             broadcast to (B, H, M, N).
         bias: float, added to the logits, broadcasting to (B, H, M, N); −inf masks.
         lengths: the number of valid keys of each sample, padded on the right.
+        query_lengths: the number of queries of each sequence, where sequences of any length lie end
+            to end, q (1, M, H, K) and k (1, N, Hk, K), each looking at its own keys alone;
+            `lengths` are the keys of each then.
         scale: what the logits are multiplied by, by default K ** -0.5.
         backend: a name that `ipn doctor` lists, or "auto".
         return_map: return the map too.
@@ -100,8 +110,8 @@ def attend(
 
     Raises:
         UnknownNameError: there is no backend of that name.
-        AttentionUnavailableError: the named backend, or with "auto" every one, refuses these
-            inputs; the text lists the reasons.
+        AttentionUnavailableError: the named backend, or with "auto" every one that it tries,
+            refuses these inputs; the text lists the reasons of each backend there is.
         ShapeError: shapes, dtypes or devices do not fit each other.
         StageError: the backend failed; the text names its plugin.
     """
@@ -110,7 +120,7 @@ def attend(
     if autocast:
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    inputs = AttentionInputs.make(q, k, v, mask, bias, lengths, scale, return_map)
+    inputs = AttentionInputs.make(q, k, v, mask, bias, lengths, scale, return_map, query_lengths)
     chosen = _choose(inputs) if backend == "auto" else _named(backend, inputs)
     if inputs.is_empty:
         return _nothing(inputs)
@@ -179,26 +189,38 @@ def _reasons(name: str, inputs: AttentionInputs) -> list[str]:
 
 
 def _choose(inputs: AttentionInputs) -> AttentionBackend:
-    entries = get_registry().entries("attention")
-    there = [name for name in AUTO if name in entries]
-    for name in there:
-        try:
-            backend = get_backend(name)
-        except PluginError:
-            continue
-        # The device first: on a CPU this is called often, and texts are slow to write.
-        if backend.devices is not None and inputs.q.device.type not in backend.devices:
-            continue
-        if not backend.not_supported_reasons(inputs):
+    fastest = measured(inputs)
+    for name in AUTO if fastest is None else (fastest, *AUTO):
+        backend = _usable(name, inputs)
+        if backend is not None:
             return backend
-    refused = {
-        name: _reasons(name, inputs) if name in there else ["no plugin registered it"]
-        for name in AUTO
-    }
-    listed = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
     raise AttentionUnavailableError(
-        f"no attention backend takes {inputs.describe()}. {listed}. See 'ipn doctor'."
+        f"no attention backend that 'auto' tries ({', '.join(AUTO)}) takes {inputs.describe()}. "
+        f"{_all_reasons(inputs)}. See 'ipn doctor'."
     )
+
+
+def _usable(name: str, inputs: AttentionInputs) -> AttentionBackend | None:
+    """Return the backend of a name if it is there and takes these inputs."""
+    if name not in get_registry().entries("attention"):
+        return None
+    try:
+        backend = get_backend(name)
+    except PluginError:
+        return None
+    # The device first: on a CPU this is called often, and texts are slow to write.
+    if backend.devices is not None and inputs.q.device.type not in backend.devices:
+        return None
+    return None if backend.not_supported_reasons(inputs) else backend
+
+
+def _all_reasons(inputs: AttentionInputs, but: str | None = None) -> str:
+    """Say what every backend has against some inputs, those that agree together."""
+    saying: dict[str, list[str]] = {}
+    for name in sorted(get_registry().entries("attention").keys() - {but}):
+        said = ", ".join(_reasons(name, inputs)) or "nothing, take it"
+        saying.setdefault(said, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {said}" for said, names in saying.items())
 
 
 def _named(name: str, inputs: AttentionInputs) -> AttentionBackend:
@@ -207,7 +229,8 @@ def _named(name: str, inputs: AttentionInputs) -> AttentionBackend:
     if reasons:
         raise AttentionUnavailableError(
             f"attention backend '{name}' does not take {inputs.describe()}: "
-            f"{', '.join(reasons)}. Choose another one or 'auto'; see 'ipn doctor'."
+            f"{', '.join(reasons)}. Choose another one or 'auto'; see 'ipn doctor'. "
+            f"The others have against it: {_all_reasons(inputs, but=name)}."
         )
     return backend
 
@@ -224,9 +247,8 @@ def _run(backend: AttentionBackend, inputs: AttentionInputs) -> Tensor | tuple[T
 
 
 def _nothing(inputs: AttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
-    """Return zeros where there is no key or no query, still connected to the queries' graph."""
-    B, M, H, _ = inputs.q.shape
-    out = (inputs.q.sum(-1, keepdim=True) * 0.0).expand(B, M, H, inputs.v.shape[-1])
+    """Return zeros where there is no key or no query."""
+    out = inputs.zeros()
     if not inputs.return_map:
         return out
     return out, inputs.q.new_zeros(inputs.shape, dtype=torch.float32)

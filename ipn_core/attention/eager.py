@@ -18,10 +18,13 @@ class Eager(AttentionBackend):
     """
 
     name = "eager"
+    supports_packed = True
+    supports_groups = True
     supports_map = True
 
     def forward(self, inputs: AttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the attention, and the map if it is wanted."""
+        inputs = inputs.ungrouped()
         wide = torch.promote_types(inputs.q.dtype, torch.float32)
         q, k, v = (t.to(wide) for t in (inputs.q, inputs.k, inputs.v))
         logits = torch.einsum("bmhk,bnhk->bhmn", q, k) * inputs.softmax_scale

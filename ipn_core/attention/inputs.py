@@ -1,13 +1,14 @@
 """`AttentionInputs`: one call's tensors, checked once, as every backend reads them.
 
-Letters: B batch, M queries, N keys, H heads, K width of a query's or key's head, Kv width of a
-value's head.
+Letters: B batch, M queries, N keys, H heads, Hk heads of the keys and values, K width of a query's
+or key's head, Kv width of a value's head. H is a multiple of Hk: H / Hk neighbouring heads of the
+queries share one of the keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +25,14 @@ class AttentionInputs:
 
     Attributes:
         q: (B, M, H, K) queries.
-        k: (B, N, H, K) keys.
-        v: (B, N, H, Kv) values.
+        k: (B, N, Hk, K) keys.
+        v: (B, N, Hk, Kv) values.
         mask: bool, four dimensions that broadcast to (B, H, M, N), True where a query may look.
         bias: float, four dimensions that broadcast to (B, H, M, N), added to the logits.
         lengths: valid keys of each sample, the rest being padding on the right; None where all
-            are valid.
+            are valid. With `query_lengths`, the keys of each sequence.
+        query_lengths: None, or the queries of each sequence: B is 1 then, and the sequences lie end
+            to end, each looking at its own keys alone.
         scale: what the logits are multiplied by, None for K ** -0.5.
         return_map: whether the attention map is wanted too.
     """
@@ -42,6 +45,7 @@ class AttentionInputs:
     lengths: tuple[int, ...] | None = None
     scale: float | None = None
     return_map: bool = False
+    query_lengths: tuple[int, ...] | None = None
 
     @classmethod
     def make(
@@ -54,18 +58,20 @@ class AttentionInputs:
         lengths: Sequence[int] | None = None,
         scale: float | None = None,
         return_map: bool = False,
+        query_lengths: Sequence[int] | None = None,
     ) -> AttentionInputs:
         """Check the shapes and bring mask, bias and lengths into one form.
 
         Args:
             q: (B, M, H, K) queries.
-            k: (B, N, H, K) keys.
-            v: (B, N, H, Kv) values.
+            k: (B, N, Hk, K) keys.
+            v: (B, N, Hk, Kv) values.
             mask: as the attribute, or (B, N), a mask over the keys of each sample.
             bias: as the attribute; fewer dimensions broadcast from the right.
-            lengths: B numbers from 0 to N.
+            lengths: B numbers from 0 to N; with `query_lengths` as many as these, N in all.
             scale: as the attribute.
             return_map: as the attribute.
+            query_lengths: as the attribute; M in all.
 
         Raises:
             ShapeError: shapes, dtypes or devices do not fit each other.
@@ -73,9 +79,15 @@ class AttentionInputs:
         if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
             raise _misfit("q, k and v must have four dimensions (B, M|N, H, K)", q, k, v)
         B, M, H, K = q.shape
-        N = k.shape[1]
-        if k.shape != (B, N, H, K) or v.shape[:3] != (B, N, H):
-            raise _misfit("k must be (B, N, H, K) and v (B, N, H, Kv) for q (B, M, H, K)", q, k, v)
+        N, Hk = k.shape[1:3]
+        if k.shape != (B, N, Hk, K) or v.shape[:3] != (B, N, Hk):
+            raise _misfit(
+                "k must be (B, N, Hk, K) and v (B, N, Hk, Kv) for q (B, M, H, K)", q, k, v
+            )
+        if Hk != H and (not Hk or H % Hk):
+            raise _misfit(
+                f"the {H} heads of q must be a multiple of the {Hk} heads of k and v", q, k, v
+            )
         if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
             raise _misfit("q, k and v must share one dtype and one device", q, k, v)
         if not q.is_floating_point():
@@ -95,7 +107,9 @@ class AttentionInputs:
             if not bias.is_floating_point():
                 raise ShapeError(f"bias must be floating-point, got {bias.dtype}.")
             bias = _four("bias", bias, (B, H, M, N))
-        if lengths is not None:
+        if query_lengths is not None:
+            lengths, query_lengths = _sequences(q, k, lengths, query_lengths)
+        elif lengths is not None:
             lengths = tuple(int(n) for n in lengths)
             if len(lengths) != B or any(not 0 <= n <= N for n in lengths):
                 raise ShapeError(
@@ -104,13 +118,28 @@ class AttentionInputs:
                 )
             if min(lengths, default=N) == N:
                 lengths = None
-        return cls(q, k, v, mask, bias, lengths, scale, return_map)
+        return cls(q, k, v, mask, bias, lengths, scale, return_map, query_lengths)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, H, M, N), the shape of the map."""
         B, M, H, _ = self.q.shape
         return (B, H, M, self.k.shape[1])
+
+    @property
+    def kv_heads(self) -> int:
+        """Hk, the heads of keys and values."""
+        return self.k.shape[2]
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether several heads of the queries share one of the keys and values."""
+        return self.q.shape[2] != self.k.shape[2]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether sequences of any length lie end to end."""
+        return self.query_lengths is not None
 
     @property
     def head_dim(self) -> int:
@@ -141,7 +170,8 @@ class AttentionInputs:
 
     def describe(self) -> str:
         """Return the shapes, dtype and device in a few words, for messages."""
-        extras = [name for name in ("mask", "bias", "lengths") if getattr(self, name) is not None]
+        names = ("mask", "bias", "lengths", "query_lengths")
+        extras = [name for name in names if getattr(self, name) is not None]
         extras += ["return_map"] if self.return_map else []
         with_ = f" with {', '.join(extras)}" if extras else ""
         return (
@@ -149,13 +179,34 @@ class AttentionInputs:
             f"{_short(self.q.dtype)} on {self.q.device.type}{with_}"
         )
 
+    def ungrouped(self) -> AttentionInputs:
+        """Return the same call with keys and values repeated for each head of the queries.
+
+        `k.repeat_interleave(H // Hk, dim=2)`, and so for v; a backward pass sums over the copies.
+        """
+        if not self.is_grouped:
+            return self
+        times = self.q.shape[2] // self.kv_heads
+        k, v = (t.repeat_interleave(times, dim=2) for t in (self.k, self.v))
+        return replace(self, k=k, v=v)
+
+    def zeros(self) -> Tensor:
+        """Return (B, M, H, Kv) of zeros, with a graph through which zeros flow back to q and v."""
+        B, M, H, _ = self.q.shape
+        nothing: Tensor = self.q.sum(-1, keepdim=True) * 0.0 + self.v.sum() * 0.0
+        return nothing.expand(B, M, H, self.v.shape[-1])
+
     def allowed(self) -> Tensor | None:
         """Return mask and lengths as one bool tensor that broadcasts to (B, H, M, N), or None."""
         if self.lengths is None:
             return self.mask
         device = self.q.device
-        lengths = torch.tensor(self.lengths, device=device)[:, None, None, None]
-        inside = torch.arange(self.k.shape[1], device=device) < lengths
+        if self.query_lengths is not None:
+            mine, theirs = (_owners(n).to(device) for n in (self.query_lengths, self.lengths))
+            inside = (mine[:, None] == theirs)[None, None]
+        else:
+            lengths = torch.tensor(self.lengths, device=device)[:, None, None, None]
+            inside = torch.arange(self.k.shape[1], device=device) < lengths
         return inside if self.mask is None else inside & self.mask
 
     def masking(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -184,6 +235,32 @@ class AttentionInputs:
             closed = closed | ~allowed
         dead = closed.all(-1, keepdim=True)
         return bias.masked_fill(closed, float("-inf")).masked_fill(dead, 0.0), ~dead
+
+
+def _sequences(
+    q: Tensor, k: Tensor, lengths: Sequence[int] | None, query_lengths: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Check the lengths of sequences that lie end to end."""
+    if q.shape[0] != 1:
+        raise ShapeError(
+            f"query_lengths are for sequences that lie end to end in one row: q must be "
+            f"(1, M, H, K), got {tuple(q.shape)}."
+        )
+    if lengths is None:
+        raise ShapeError("query_lengths need lengths too, the keys of each sequence.")
+    queries, keys = tuple(int(n) for n in query_lengths), tuple(int(n) for n in lengths)
+    for what, given, total in (("query_lengths", queries, q), ("lengths", keys, k)):
+        if len(queries) != len(keys) or min(given, default=0) < 0 or sum(given) != total.shape[1]:
+            raise ShapeError(
+                f"{what} must be {len(queries)} numbers from 0, {total.shape[1]} in all, one for "
+                f"each sequence; got {list(given)}."
+            )
+    return keys, queries
+
+
+def _owners(lengths: Sequence[int]) -> Tensor:
+    """Return (sum,) the sequence that each position belongs to; on the CPU, so nothing waits."""
+    return torch.repeat_interleave(torch.tensor(lengths, dtype=torch.long))
 
 
 def _four(what: str, given: Tensor, shape: tuple[int, int, int, int]) -> Tensor:

@@ -6,7 +6,9 @@ xformers is imported on the first use on a device that it supports, never before
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -15,8 +17,17 @@ from torch import Tensor
 
 from ipn_core.attention.backend import AttentionBackend
 from ipn_core.attention.inputs import AttentionInputs
+from ipn_core.attention.packing import lay_end_to_end, with_zeros, without_idle
 
-__all__ = ["XFormers", "XFormersCutlass", "XFormersFlash", "XFormersFlash3"]
+__all__ = [
+    "XFormers",
+    "XFormersBlackwell",
+    "XFormersCK",
+    "XFormersCutlass",
+    "XFormersFlash",
+    "XFormersFlash3",
+    "XFormersSplitK",
+]
 
 ALIGNMENT = 8
 """The kernels read rows of 16 bytes: strides must be multiples of 8 elements of half precision."""
@@ -28,19 +39,23 @@ class _Kind(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     heads: int
+    kv_heads: int
     head_dim: int
     value_dim: int
     bias: Literal["none", "packed", "dense"]
     grad: bool
     bias_grad: bool
     deterministic: bool
+    scaled: bool
 
 
 class XFormers(AttentionBackend):
     """`memory_efficient_attention` with whatever operator xformers dispatches to.
 
-    Samples with `lengths` alone go packed, with a block-diagonal mask, so that no padded key is
-    computed; masks and biases go as a tensor.
+    Samples with `lengths` alone, and sequences that lie end to end, go with a block-diagonal mask,
+    so that no padded key is computed; masks and biases go as a tensor. Keys with fewer heads than
+    queries go as they are, five-dimensional, where no gradient is wanted, for no backward operator
+    takes them so; else they are repeated.
 
     Args:
         op: a pair (forward, backward) of operator classes to use, for tests.
@@ -52,6 +67,8 @@ class XFormers(AttentionBackend):
     name = "xformers"
     devices = ("cuda",)
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    supports_packed = True
+    supports_groups = True
     module: ClassVar[str | None] = None
 
     def __init__(self, op: tuple[Any, Any] | None = None) -> None:
@@ -62,45 +79,43 @@ class XFormers(AttentionBackend):
 
     def forward(self, inputs: AttentionInputs) -> Tensor:
         """Compute the attention."""
-        if inputs.lengths is not None and inputs.mask is None and inputs.bias is None:
-            return self._packed(inputs, inputs.lengths)
+        if _in_blocks(inputs):
+            return self._by_block(inputs)
         mask, alive = inputs.masking(inputs.q.dtype)
         bias = None if mask is None else _aligned_bias(mask, inputs)
-        out = self._call(inputs.q, inputs.k, inputs.v, bias, inputs.scale)
+        out = self._call(inputs, bias)
         return out if alive is None else out.masked_fill(~alive.transpose(1, 2), 0.0)
 
-    def _packed(self, inputs: AttentionInputs, lengths: tuple[int, ...]) -> Tensor:
-        """Lay the samples end to end, without their padding."""
-        B, M = inputs.q.shape[:2]
-        rows = [i for i in range(B) if lengths[i]]
-        if not rows:
-            # Connected to the inputs, so that a backward pass finds a graph with zeros.
-            zeros: Tensor = inputs.q.sum(-1, keepdim=True) * 0.0 + inputs.v[:, :1] * 0.0
-            return zeros
-        blocks = _fmha().BlockDiagonalMask.from_seqlens(
-            [M] * len(rows), [lengths[i] for i in rows], device=inputs.q.device
-        )
-        q = inputs.q if len(rows) == B else inputs.q[rows]
-        k, v = (torch.cat([t[i, : lengths[i]] for i in rows])[None] for t in (inputs.k, inputs.v))
-        packed = self._call(q.flatten(0, 1)[None], k, v, blocks, inputs.scale)
-        found = packed.reshape(len(rows), M, *packed.shape[2:])
-        if len(rows) == B:
-            return found
-        out = found.new_zeros(B, *found.shape[1:])
-        return out.index_copy(0, torch.tensor(rows, device=out.device), found)
+    def _by_block(self, inputs: AttentionInputs) -> Tensor:
+        """Attend within each sequence, those without a key left out."""
+        packed = lay_end_to_end(inputs)
+        asked, kept = without_idle(packed)
+        if asked is None or asked.query_lengths is None or asked.lengths is None:
+            return inputs.zeros()
+        blocks = self._blocks(asked.query_lengths, asked.lengths, inputs.q.device)
+        found = self._call(asked, blocks)
+        assert packed.query_lengths is not None
+        whole = with_zeros(found, packed.query_lengths, kept)
+        return whole.reshape(*inputs.q.shape[:3], -1)
 
-    def _call(self, q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float | None) -> Tensor:
-        q, k, v = (_aligned(t) for t in (q, k, v))
-        out: Tensor = _ops().memory_efficient_attention(
-            q, k, v, attn_bias=bias, scale=scale, op=self._pair()
+    def _blocks(self, queries: Sequence[int], keys: Sequence[int], device: torch.device) -> Any:
+        """Return xformers' mask for sequences end to end."""
+        return _fmha().attn_bias.BlockDiagonalMask.from_seqlens(
+            list(queries), list(keys), device=device
         )
-        return out
+
+    def _call(self, inputs: AttentionInputs, bias: Any) -> Tensor:
+        q, k, v, bias = _heads(inputs, bias)
+        out: Tensor = _ops().memory_efficient_attention(
+            q, k, v, attn_bias=bias, scale=inputs.scale, op=self._pair()
+        )
+        return out.flatten(2, 3) if out.ndim == 5 else out
 
     def _pair(self) -> tuple[Any, Any] | None:
         if self._op is not None or self.module is None:
             return self._op
         found = getattr(_fmha(), self.module)
-        return found.FwOp, found.BwOp
+        return found.FwOp, getattr(found, "BwOp", None)
 
     def more_reasons(self, inputs: AttentionInputs) -> list[str]:
         """Ask xformers' operators, once for inputs of the same kind."""
@@ -109,19 +124,21 @@ class XFormers(AttentionBackend):
             return [missing]
         if inputs.bias_needs_grad and not inputs.needs_grad:
             return ["gives no gradient to the bias unless q, k or v need one"]
-        packed = inputs.lengths is not None and inputs.mask is None and inputs.bias is None
+        packed = _in_blocks(inputs)
         dense = not packed and (inputs.lengths, inputs.mask, inputs.bias) != (None, None, None)
         q = inputs.q
         kind = _Kind(
             q.device,
             q.dtype,
             q.shape[2],
+            inputs.kv_heads,
             q.shape[3],
             inputs.v.shape[-1],
             "packed" if packed else "dense" if dense else "none",
             inputs.needs_grad,
             inputs.bias_needs_grad,
             torch.are_deterministic_algorithms_enabled(),
+            inputs.scale is not None,
         )
         if kind not in self._known:
             self._known[kind] = self._ask(kind)
@@ -129,30 +146,36 @@ class XFormers(AttentionBackend):
 
     def _ask(self, kind: _Kind) -> list[str]:
         """Describe inputs of this kind to the operators and return what they object to."""
-        fmha = _fmha()
-        length = ALIGNMENT
-        device, grad = kind.device, kind.grad
-        q = torch.empty(1, length, kind.heads, kind.head_dim, device=device, dtype=kind.dtype)
-        v = q.new_empty(1, length, kind.heads, kind.value_dim)
-        q.requires_grad_(grad)
-        bias: Any = None
-        if kind.bias == "packed":
-            bias = fmha.BlockDiagonalMask.from_seqlens([length], [length], device=device)
-        elif kind.bias == "dense":
-            bias = v.new_empty(1, kind.heads, length, length).requires_grad_(kind.bias_grad)
-        described = fmha.common.Inputs(q, q, v, attn_bias=bias, scale=0.5)
-        pair = self._pair()
         try:
-            if pair is not None:
-                asked = [op for op in (pair if grad else pair[:1]) if op is not None]
-                return [
-                    f"{op.NAME}: {r}" for op in asked for r in op.not_supported_reasons(described)
-                ]
-            fmha.dispatch._dispatch_fw(described, grad)
-            if grad:
-                fmha.dispatch._dispatch_bw(described, varlen_lse_packed=None)
+            return self._objections(kind)
         except (NotImplementedError, ValueError) as error:
             return [f"xformers has no operator for these inputs: {' '.join(str(error).split())}"]
+        except (AttributeError, ImportError) as error:
+            # The package may be a shell over another one, which has other insides.
+            return [f"xformers {_version()} is not as expected ({type(error).__name__}: {error})"]
+
+    def _objections(self, kind: _Kind) -> list[str]:
+        fmha = _fmha()
+        length, grad = ALIGNMENT, kind.grad
+        like = torch.empty(0, device=kind.device, dtype=kind.dtype)
+        q = like.new_empty(1, length, kind.heads, kind.head_dim).requires_grad_(grad)
+        k = like.new_empty(1, length, kind.kv_heads, kind.head_dim)
+        v = like.new_empty(1, length, kind.kv_heads, kind.value_dim)
+        bias: Any = None
+        if kind.bias == "packed":
+            bias = self._blocks([length], [length], kind.device)
+        elif kind.bias == "dense":
+            bias = like.new_empty(1, kind.heads, length, length).requires_grad_(kind.bias_grad)
+        q, k, v, bias = _heads(AttentionInputs(q, k, v), bias)
+        scale = 0.5 if kind.scaled else None
+        described = fmha.common.Inputs(q, k, v, attn_bias=bias, scale=scale)
+        pair = self._pair()
+        if pair is not None:
+            asked = [op for op in (pair if grad else pair[:1]) if op is not None]
+            return [f"{op.NAME}: {r}" for op in asked for r in op.not_supported_reasons(described)]
+        fmha.dispatch._dispatch_fw(described, grad)
+        if grad:
+            fmha.dispatch._dispatch_bw(described, varlen_lse_packed=None)
         return []
 
 
@@ -168,6 +191,35 @@ class XFormersFlash3(XFormers):
 
     name = "xformers-flash3"
     module = "flash3"
+
+
+class XFormersSplitK(XFormers):
+    """The Triton operator that splits the keys, for few queries and many keys; forward only."""
+
+    name = "xformers-splitk"
+    module = "triton_splitk"
+    supports_grad = False
+
+    def _blocks(self, queries: Sequence[int], keys: Sequence[int], device: torch.device) -> Any:
+        """Return the one block-diagonal mask that it takes: its keys may have gaps, ours none."""
+        starts = [0, *accumulate(keys)]
+        return _fmha().attn_bias.BlockDiagonalGappyKeysMask.from_seqlens(
+            list(queries), starts, list(keys), device=device
+        )
+
+
+class XFormersBlackwell(XFormers):
+    """The CUTLASS operator for Blackwell."""
+
+    name = "xformers-blackwell"
+    module = "cutlass_blackwell"
+
+
+class XFormersCK(XFormers):
+    """The Composable Kernel operator, on ROCm."""
+
+    name = "xformers-ck"
+    module = "ck"
 
 
 class XFormersCutlass(XFormers):
@@ -188,9 +240,12 @@ def _missing() -> str | None:
             "pip install 'ipn-core[cuda]'"
         )
     if getattr(ops, "memory_efficient_attention", None) is None:
-        version = getattr(importlib.import_module("xformers"), "__version__", "of this version")
-        return f"xformers {version} has no ops.memory_efficient_attention"
+        return f"xformers {_version()} has no ops.memory_efficient_attention"
     return None
+
+
+def _version() -> str:
+    return str(getattr(importlib.import_module("xformers"), "__version__", "of this version"))
 
 
 def _ops() -> Any:
@@ -199,6 +254,30 @@ def _ops() -> Any:
 
 def _fmha() -> Any:
     return importlib.import_module("xformers.ops.fmha")
+
+
+def _in_blocks(inputs: AttentionInputs) -> bool:
+    """Whether each sample or sequence looks at its own keys and nothing else is masked."""
+    return inputs.lengths is not None and inputs.mask is None and inputs.bias is None
+
+
+def _heads(inputs: AttentionInputs, bias: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """Return q, k, v and the bias with the heads as the operators want them.
+
+    Returns:
+        (B, ·, H, K) each and a bias (B, H, M, N); or for grouped heads without gradients
+        (B, ·, Hk, H / Hk, K) and (B, Hk, H / Hk, M, N), keys and values without a copy.
+    """
+    grouped = inputs.is_grouped and not (inputs.needs_grad or inputs.bias_needs_grad)
+    if not grouped:
+        inputs = inputs.ungrouped()
+    q, k, v = (_aligned(t) for t in (inputs.q, inputs.k, inputs.v))
+    if not grouped:
+        return q, k, v, bias
+    groups = (inputs.kv_heads, q.shape[2] // inputs.kv_heads)
+    k, v = (t.unsqueeze(3).expand(-1, -1, -1, groups[1], -1) for t in (k, v))
+    bias = bias.unflatten(1, groups) if isinstance(bias, Tensor) else bias
+    return q.unflatten(2, groups), k, v, bias
 
 
 def _aligned(tensor: Tensor) -> Tensor:

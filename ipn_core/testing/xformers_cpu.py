@@ -7,7 +7,6 @@ exercised without a GPU. Importing this module imports xformers.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -30,9 +29,14 @@ class _CPU:
     # xformers takes an operator as built if this is not None.
     OPERATOR: ClassVar[Any] = True
     SUPPORTED_DEVICES: ClassVar[set[str]] = {"cpu"}
-    SUPPORTED_DTYPES: ClassVar[set[torch.dtype]] = {torch.float32, torch.bfloat16}
-    SUPPORTED_MAX_K = math.inf
-    SUPPORTED_ATTN_BIAS_TYPES = (type(None), torch.Tensor, fmha.BlockDiagonalMask)
+    SUPPORTED_DTYPES: ClassVar[set[torch.dtype]] = {torch.float32, torch.bfloat16, torch.float16}
+    SUPPORTED_MAX_K = 512
+    SUPPORTED_ATTN_BIAS_TYPES = (
+        type(None),
+        torch.Tensor,
+        fmha.BlockDiagonalMask,
+        fmha.attn_bias.BlockDiagonalGappyKeysMask,
+    )
     SUPPORTS_DROPOUT = False
     SUPPORTS_CUSTOM_SCALE = True
     SUPPORTS_DIFFERENT_VALUE_EMBED = True
@@ -49,17 +53,24 @@ class FwOp(_CPU, AttentionFwOpBase):  # type: ignore[misc]  # xformers ships no 
     """The forward operator; `calls` counts its calls by the type of their bias."""
 
     NAME = "cpuF"
+    SUPPORTS_BMGHK = True
     calls: ClassVar[dict[str, int]] = {}
 
     @classmethod
     def apply(cls, inp: Any, needs_gradient: bool) -> tuple[Tensor, Any]:
-        """Return the output (B, M, H, Kv), and what the backward operator needs."""
+        """Return the output, and what the backward operator needs.
+
+        Heads may be grouped, (B, M, G, H, K), as the CUDA operators take them without gradients.
+        """
         kind = type(inp.attn_bias).__name__
         cls.calls[kind] = cls.calls.get(kind, 0) + 1
+        if inp.query.ndim == 5:
+            assert not needs_gradient, "no backward operator takes grouped heads"
         logits = _logits(inp)
         lse = logits.logsumexp(-1)
         weights = (logits - lse[..., None]).exp()
-        out = torch.einsum("bhmn,bnhk->bmhk", weights, inp.value.float()).to(inp.query.dtype)
+        out = torch.einsum("b...mn,bn...k->bm...k", weights, inp.value.float())
+        out = out.to(inp.query.dtype)
         return out, Context(out=out, lse=lse) if needs_gradient else None
 
 
@@ -94,8 +105,8 @@ PAIR = (FwOp, BwOp)
 
 
 def _logits(inp: Inputs) -> Tensor:
-    """Return (B, H, M, N) in float32, −inf where a query may not look."""
-    logits: Tensor = torch.einsum("bmhk,bnhk->bhmn", inp.query.float(), inp.key.float())
+    """Return (B, [G,] H, M, N) in float32, −inf where a query may not look."""
+    logits: Tensor = torch.einsum("bm...k,bn...k->b...mn", inp.query.float(), inp.key.float())
     logits = logits * inp.scale_float
     bias: Any = inp.attn_bias
     if bias is None:

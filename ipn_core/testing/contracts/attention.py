@@ -42,7 +42,7 @@ class AttentionContract(ComponentContract):
         return made
 
     def inputs(self) -> Iterator[AttentionInputs]:
-        """Calls of several shapes and dtypes, plain, masked, biased and ragged."""
+        """Calls of several shapes and dtypes: plain, masked, biased, ragged, packed, grouped."""
         for B, M, N, H, K in SHAPES:
             generator = torch.Generator().manual_seed(B * N)
             for dtype in TOLERANCE:
@@ -61,6 +61,15 @@ class AttentionContract(ComponentContract):
                 ]
                 for more in options:
                     yield AttentionInputs.make(q, k, v, **more)
+                yield AttentionInputs.make(q, k[:, :, :1], v[:, :, :1])
+                q, k, v = (t.flatten(0, 1)[None] for t in (q, k, v))
+                yield AttentionInputs.make(
+                    q,
+                    k,
+                    v,
+                    query_lengths=[M] * B,
+                    lengths=[N - 1, *[N] * (B - 2), N + 1] if B > 1 else [N],
+                )
 
     # -- clauses ---------------------------------------------------------------------------------
 

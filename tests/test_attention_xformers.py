@@ -1,0 +1,104 @@
+"""What xformers is given, and what becomes of it where the package is another one than expected."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from attention_calls import SHAPES, call, on_cpu
+
+from ipn_core.attention import AttentionInputs
+from ipn_core.attention import xformers as module
+from ipn_core.attention.xformers import XFormers, XFormersFlash3
+
+pytest.importorskip("xformers", reason="the extra 'cuda' is not installed")
+
+
+@pytest.mark.parametrize(
+    ("kind", "bias"),
+    [
+        ("packed", "BlockDiagonalMask"),
+        ("packed-dead", "BlockDiagonalMask"),
+        ("packed-mask", "Tensor"),
+    ],
+)
+def test_xformers_gets_blocks_where_nothing_else_masks(kind: str, bias: str) -> None:
+    backend = on_cpu("xformers")
+    from ipn_core.testing.xformers_cpu import FwOp
+
+    FwOp.calls.clear()
+    backend.forward(call(kind, SHAPES[1], torch.float32))
+    assert FwOp.calls == {bias: 1}
+
+
+def test_split_k_gets_the_blocks_that_it_takes() -> None:
+    backend = on_cpu("xformers-splitk")
+    from ipn_core.testing.xformers_cpu import FwOp
+
+    FwOp.calls.clear()
+    backend.forward(call("packed", SHAPES[1], torch.float32, grad=False))
+    assert FwOp.calls == {"BlockDiagonalGappyKeysMask": 1}
+
+
+def test_grouped_heads_are_copied_only_for_a_backward_pass() -> None:
+    for grad, dims in ((True, 4), (False, 5)):
+        inputs = call("bias", SHAPES[1], torch.float32, grad=grad)
+        q, k, v, bias = module._heads(inputs, inputs.bias)
+        assert {q.ndim, k.ndim, v.ndim} == {dims}
+        assert q.shape[2:-1] == k.shape[2:-1] == bias.shape[1:-2]
+        assert (k.stride(-2) == 0) is not grad
+
+
+def test_a_scale_is_among_what_the_operators_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ipn_core.testing.xformers_cpu import FwOp
+
+    monkeypatch.setattr(FwOp, "SUPPORTS_CUSTOM_SCALE", False)
+    q = torch.zeros(1, 3, 1, 8)
+    backend = on_cpu("xformers")
+    assert backend.not_supported_reasons(AttentionInputs.make(q, q, q)) == []
+    assert backend.not_supported_reasons(AttentionInputs.make(q, q, q, scale=0.3)) == [
+        "cpuF: has custom scale"
+    ]
+
+
+# -- a package that is a shell over another one ----------------------------------------------------
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The successor: `xformers.ops` imports, and `fmha` has nothing of what it had."""
+    xformers, ops, fmha = (ModuleType(f"xformers{n}") for n in ("", ".ops", ".ops.fmha"))
+    xformers.__version__ = "9.9"  # type: ignore[attr-defined]
+    xformers.ops, ops.fmha = ops, fmha  # type: ignore[attr-defined]
+    for one in (xformers, ops, fmha):
+        monkeypatch.setitem(sys.modules, one.__name__, one)
+    module._missing.cache_clear()
+    yield ops
+    module._missing.cache_clear()
+
+
+def inputs_for(backend: Any) -> AttentionInputs:
+    """Inputs that the constants of a backend let through on the CPU."""
+    backend.devices = ("cpu",)
+    return call("none", SHAPES[0], torch.float32, grad=False)
+
+
+def test_without_the_function_it_is_missing(shell: ModuleType) -> None:
+    backend = XFormers()
+    assert backend.not_supported_reasons(inputs_for(backend)) == [
+        "xformers 9.9 has no ops.memory_efficient_attention"
+    ]
+
+
+@pytest.mark.parametrize("kind", [XFormers, XFormersFlash3])
+def test_with_the_function_but_other_insides_it_is_refused(
+    shell: ModuleType, kind: type[XFormers]
+) -> None:
+    shell.memory_efficient_attention = lambda *args, **more: None  # type: ignore[attr-defined]
+    backend = kind()
+    (reason,) = backend.not_supported_reasons(inputs_for(backend))
+    assert reason.startswith("xformers 9.9 is not as expected (AttributeError: ")
