@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from ipn_core.plugins import get_registry
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WITH_BACKWARD = ("eager", "sdpa", "sdpa-math", "sdpa-flash", "xformers")
-FORWARD_ONLY = ("flex", "xformers-splitk")
+WIDTHS = ((64, 64), (32, 32), (40, 24))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,18 +58,19 @@ def test_flex_takes_other_shapes_and_types(shape: tuple[int, int, int, int], dty
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", sorted(get_registry().entries("attention")))
 def test_what_a_backend_takes_on_a_gpu_is_exact(name: str, kind: str, dtype: str) -> None:
-    backend, refused = get_backend(name), []
-    for shape in SHAPES:
-        for widths in ((32, 32), (64, 64), (40, 24)):
-            for grad in (False, True):
-                inputs = call(kind, shape, DTYPES[dtype], "cuda", widths, grad)
-                reasons = backend.not_supported_reasons(inputs)
-                if reasons:
-                    refused += reasons
-                else:
-                    assert_exact(backend, inputs)
-    if len(refused) >= 6 * len(SHAPES):
-        pytest.skip(f"{name} refuses all: {'; '.join(sorted(set(refused)))}")
+    backend, served, refused = get_backend(name), 0, set()
+    # Flex is compiled anew for each kind of call, and no more than a few times for one function.
+    torch.compiler.reset()
+    shapes, widths = (SHAPES[1:2], WIDTHS[:1]) if name == "flex" else (SHAPES, WIDTHS)
+    for shape, width, grad in product(shapes, widths, (False, True)):
+        inputs = call(kind, shape, DTYPES[dtype], "cuda", width, grad)
+        reasons = backend.not_supported_reasons(inputs)
+        refused.update(reasons)
+        if not reasons:
+            served += 1
+            assert_exact(backend, inputs)
+    if not served:
+        pytest.skip(f"{name} refuses all: {'; '.join(sorted(refused))}")
 
 
 @pytest.mark.gpu

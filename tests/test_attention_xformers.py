@@ -13,6 +13,7 @@ from attention_calls import SHAPES, call, on_cpu
 
 from ipn_core.attention import AttentionInputs
 from ipn_core.attention import xformers as module
+from ipn_core.attention.eager import Eager
 from ipn_core.attention.xformers import XFormers, XFormersFlash3
 
 pytest.importorskip("xformers", reason="the extra 'cuda' is not installed")
@@ -51,6 +52,31 @@ def test_grouped_heads_are_copied_only_for_a_backward_pass() -> None:
         assert {q.ndim, k.ndim, v.ndim} == {dims}
         assert q.shape[2:-1] == k.shape[2:-1] == bias.shape[1:-2]
         assert (k.stride(-2) == 0) is not grad
+
+
+def test_leaves_that_nobody_differentiates_are_no_reason_to_prepare_for_it() -> None:
+    inputs = call("packed", SHAPES[1], torch.float32)
+    with torch.no_grad():
+        for name in ("xformers", "xformers-splitk"):
+            assert not on_cpu(name).not_supported_reasons(inputs)
+            found = on_cpu(name).forward(inputs)
+            torch.testing.assert_close(found, Eager().forward(inputs))
+
+
+def test_the_operator_for_blackwell_takes_no_more_queries_than_keys() -> None:
+    from ipn_core.testing.xformers_cpu import PAIR
+
+    backend = module.XFormersBlackwell(op=PAIR)
+    q, k = torch.zeros(2, 4, 1, 8), torch.zeros(2, 5, 1, 8)
+    for options, reasons in (
+        ({}, []),
+        ({"lengths": [4, 4]}, []),
+        ({"lengths": [4, 3]}, ["takes no more queries than keys, got 8 and 7"]),
+    ):
+        assert backend.not_supported_reasons(AttentionInputs.make(q, k, k, **options)) == reasons
+    assert backend.not_supported_reasons(AttentionInputs.make(k, q, q)) == [
+        "takes no more queries than keys, got 5 and 4"
+    ]
 
 
 def test_a_scale_is_among_what_the_operators_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from ipn_core.attention.inputs import AttentionInputs
 from ipn_core.files import atomic_write
 from ipn_core.weights import cache_dir
 
-__all__ = ["Case", "forget", "machine", "measured", "table_path", "write_table"]
+__all__ = ["Case", "describe", "forget", "machine", "measured", "table_path", "write_table"]
 
 FORMAT = 1
 SWITCH = "IPN_ATTENTION_TABLE"
@@ -129,6 +129,19 @@ def table_path(device: torch.device) -> Path:
     return cache_dir() / "attention" / f"{hashlib.sha256(words).hexdigest()[:16]}.json"
 
 
+def describe(device: torch.device) -> str:
+    """Say in a few words what "auto" goes by on a device."""
+    if _is_off():
+        return f"the priority list ({SWITCH}=off)"
+    path = table_path(device)
+    try:
+        return f"{len(_parse(path, device))} timed cases in {path}"
+    except FileNotFoundError:
+        return "the priority list ('ipn bench attention --tune' times the backends here)"
+    except (OSError, ValueError) as error:
+        return f"the priority list ('{path}' is ignored: {error})"
+
+
 def write_table(device: torch.device, winners: dict[Case, str]) -> Path:
     """Add winners to the table of a device, those of the same cases replaced.
 
@@ -153,7 +166,7 @@ def write_table(device: torch.device, winners: dict[Case, str]) -> Path:
 
 def _read(device: torch.device) -> dict[Case, str]:
     """Return the winners by case, and by rounded case where no such case was measured itself."""
-    if os.environ.get(SWITCH, "").lower() == "off":
+    if _is_off():
         return {}
     path = table_path(device)
     try:
@@ -171,6 +184,10 @@ def _read(device: torch.device) -> dict[Case, str]:
     for case, winner in rows.items():
         near.setdefault(case.rounded(), winner)
     return near | rows
+
+
+def _is_off() -> bool:
+    return os.environ.get(SWITCH, "").lower() == "off"
 
 
 def _parse(path: Path, device: torch.device) -> dict[Case, str]:

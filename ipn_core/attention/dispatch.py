@@ -14,7 +14,15 @@ from ipn_core.attention.inputs import AttentionInputs
 from ipn_core.errors import AttentionUnavailableError, IPNError, PluginError, StageError
 from ipn_core.plugins import Component, get_registry
 
-__all__ = ["AUTO", "attend", "available_backends", "backend_reasons", "get_backend"]
+__all__ = [
+    "AUTO",
+    "attend",
+    "available_backends",
+    "backend_reasons",
+    "backends_for",
+    "choose",
+    "get_backend",
+]
 
 AUTO = ("xformers", "sdpa", "eager")
 """What `backend="auto"` tries, in this order, where nothing was measured (`choice`); any other
@@ -121,7 +129,7 @@ def attend(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     inputs = AttentionInputs.make(q, k, v, mask, bias, lengths, scale, return_map, query_lengths)
-    chosen = _choose(inputs) if backend == "auto" else _named(backend, inputs)
+    chosen = choose(inputs) if backend == "auto" else _named(backend, inputs)
     if inputs.is_empty:
         return _nothing(inputs)
     if autocast:
@@ -171,6 +179,11 @@ def backend_reasons(
     """
     q = torch.zeros(1, 8, 1, head_dim, device=device, dtype=dtype, requires_grad=grad)
     inputs = AttentionInputs.make(q, q, q)
+    return backends_for(inputs)
+
+
+def backends_for(inputs: AttentionInputs) -> dict[str, list[str]]:
+    """Return each registered backend with its reasons against some inputs; empty means it works."""
     return {name: _reasons(name, inputs) for name in sorted(get_registry().entries("attention"))}
 
 
@@ -188,7 +201,12 @@ def _reasons(name: str, inputs: AttentionInputs) -> list[str]:
         return [str(error)]
 
 
-def _choose(inputs: AttentionInputs) -> AttentionBackend:
+def choose(inputs: AttentionInputs) -> AttentionBackend:
+    """Return what "auto" takes: the fastest as measured, else the first of `AUTO` that can.
+
+    Raises:
+        AttentionUnavailableError: none can; the text lists the reasons of every backend.
+    """
     fastest = measured(inputs)
     for name in AUTO if fastest is None else (fastest, *AUTO):
         backend = _usable(name, inputs)
@@ -217,9 +235,9 @@ def _usable(name: str, inputs: AttentionInputs) -> AttentionBackend | None:
 def _all_reasons(inputs: AttentionInputs, but: str | None = None) -> str:
     """Say what every backend has against some inputs, those that agree together."""
     saying: dict[str, list[str]] = {}
-    for name in sorted(get_registry().entries("attention").keys() - {but}):
-        said = ", ".join(_reasons(name, inputs)) or "nothing, take it"
-        saying.setdefault(said, []).append(name)
+    for name, reasons in backends_for(inputs).items():
+        if name != but:
+            saying.setdefault(", ".join(reasons) or "nothing, take it", []).append(name)
     return "; ".join(f"{', '.join(names)}: {said}" for said, names in saying.items())
 
 

@@ -51,10 +51,8 @@ class Flex(AttentionBackend):
         q, k, v = (t.transpose(1, 2) for t in (inputs.q, inputs.k, inputs.v))
         may_look, blocks = _may_look(inputs), None
         if may_look is not None:
-            samples, heads = (1, 1) if inputs.mask is None and inputs.is_packed else (B, H)
-            if inputs.mask is None or inputs.mask.shape[1] == 1:
-                heads = 1
-            blocks = _block_mask(q.device)(may_look, samples, heads, M, N, device=q.device)
+            heads = 1 if inputs.mask is None or inputs.mask.shape[1] == 1 else H
+            blocks = _block_mask(q.device)(may_look, B, heads, M, N, device=q.device)
         with warnings.catch_warnings():
             # That it is not compiled on the CPU is so meant.
             warnings.filterwarnings("ignore", "flex_attention called without", UserWarning)

@@ -214,6 +214,16 @@ class XFormersBlackwell(XFormers):
     name = "xformers-blackwell"
     module = "cutlass_blackwell"
 
+    def more_reasons(self, inputs: AttentionInputs) -> list[str]:
+        """Count what it would get; whatever else matters, the operator says itself."""
+        B, _, M, N = inputs.shape
+        if _in_blocks(inputs):
+            M = M if inputs.is_packed else B * M
+            N = sum(inputs.lengths or ())
+        if M > N:
+            return [f"takes no more queries than keys, got {M} and {N}"]
+        return super().more_reasons(inputs)
+
 
 class XFormersCK(XFormers):
     """The Composable Kernel operator, on ROCm."""
@@ -268,10 +278,14 @@ def _heads(inputs: AttentionInputs, bias: Any) -> tuple[Tensor, Tensor, Tensor, 
         (B, ·, H, K) each and a bias (B, H, M, N); or for grouped heads without gradients
         (B, ·, Hk, H / Hk, K) and (B, Hk, H / Hk, M, N), keys and values without a copy.
     """
-    grouped = inputs.is_grouped and not (inputs.needs_grad or inputs.bias_needs_grad)
+    wants_grad = inputs.needs_grad or inputs.bias_needs_grad
+    grouped = inputs.is_grouped and not wants_grad
     if not grouped:
         inputs = inputs.ungrouped()
     q, k, v = (_aligned(t) for t in (inputs.q, inputs.k, inputs.v))
+    if not wants_grad:
+        # It goes by the tensors, and prepares for a backward pass even where none can follow.
+        q, k, v = q.detach(), k.detach(), v.detach()
     if not grouped:
         return q, k, v, bias
     groups = (inputs.kv_heads, q.shape[2] // inputs.kv_heads)

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from ipn_core.cli import ask, chat, compare, doctor, eval, models, new, plugins, push, train
+from ipn_core.cli import ask, bench, chat, compare, doctor, eval, models, new, plugins, push, train
 from ipn_core.cli.options import DEBUGGING, Debug
 
 __all__ = ["app", "main"]
@@ -53,6 +53,7 @@ app.command("push")(push.push)
 app.command("new")(new.new)
 app.command("plugins")(plugins.plugins)
 app.add_typer(models.app, name="models")
+app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)
 
 

@@ -44,6 +44,7 @@ def doctor(json: Json = False, debug: Debug = False) -> None:
             "versions": _versions(),
             "device": device,
             "attention": {} if trouble else _attention(device["name"], probes),
+            "attention_by": None if trouble else _chosen_by(device["name"]),
             "faults": [
                 {"plugin": probe.label, "reason": reason}
                 for probe in probes
@@ -108,6 +109,17 @@ def _attention(device: str, probes: Sequence[Probe]) -> dict[str, dict[str, Any]
     }
 
 
+def _chosen_by(device: str) -> str:
+    """Say what `auto` chooses among the backends by."""
+    import torch
+
+    from ipn_core.attention.choice import describe
+
+    # With its number, as tensors have it.
+    here = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
+    return describe(here or torch.device(device))
+
+
 def _cache() -> dict[str, Any]:
     import shutil
 
@@ -139,7 +151,8 @@ def _print_findings(found: Mapping[str, Any]) -> None:
         {
             name: "works" if row["available"] else "no: " + "; ".join(row["reasons"])
             for name, row in found["attention"].items()
-        },
+        }
+        | ({"auto": f"by {found['attention_by']}"} if found["attention_by"] else {}),
     )
     cache = found["cache"]
     used, free = cache["used_bytes"] / 1e9, cache["free_bytes"] / 1e9
@@ -158,4 +171,4 @@ def _print_findings(found: Mapping[str, Any]) -> None:
 def _section(console: Console, title: str, rows: Mapping[str, Any]) -> None:
     console.print(title)
     for name, value in rows.items():
-        console.print(f"    {name:<18}{value}")
+        console.print(f"    {name:<20}{value}")

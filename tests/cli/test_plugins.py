@@ -138,7 +138,14 @@ def test_doctor_survives_a_plugin_that_ends_its_process(
     assert run.err == ""
     assert run.code == 0
     found = json.loads(run.out)
-    assert list(found) == ["versions", "device", "attention", "faults", "cache"]
+    assert list(found) == [
+        "versions",
+        "device",
+        "attention",
+        "attention_by",
+        "faults",
+        "cache",
+    ]
     assert found["versions"]["torch"] == torch.__version__
     assert found["attention"]["eager"]["available"] is True
     for row in found["attention"].values():

@@ -107,9 +107,9 @@ def assert_exact(backend: AttentionBackend, inputs: AttentionInputs) -> None:
         assert mine.shape == wanted.shape
         off = float((mine.detach().double() - wanted.detach()).abs().max())
         largest = max(float(wanted.detach().abs().max()), 1.0)
-        assert off <= TOLERANCE[mine.dtype] * largest, (
-            f"{what} is off by {off:.2g} of {largest:.2g}"
-        )
+        # The kernels of GPUs may make a float32 product of several rounded ones.
+        limit = TOLERANCE[mine.dtype] * (5 if mine.is_cuda else 1)
+        assert off <= limit * largest, f"{what} is off by {off:.2g} of {largest:.2g}"
 
 
 def on_cpu(name: str) -> AttentionBackend:

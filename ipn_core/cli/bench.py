@@ -1,0 +1,208 @@
+"""`ipn bench`: timings on this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ipn_core.cli.options import Debug, Json
+
+if TYPE_CHECKING:
+    import torch
+
+    from ipn_core.attention.choice import Case
+    from ipn_core.attention.timing import Row
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Time what this machine computes.", no_args_is_help=True)
+
+DTYPES = ("float32", "bfloat16", "float16")
+MASKINGS = ("none", "mask", "bias", "lengths", "packed")
+
+
+@app.callback()
+def bench() -> None:
+    """Time what this machine computes."""
+
+
+@app.command("attention")
+def attention(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="Q,KV,HEADS,DIM,BATCH",
+            help="Queries, keys, heads (9/3: nine that share three of the keys), their width, "
+            "batch. Several times for several; by default what the starter computes.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help=f"Of --shape: {', '.join(DTYPES)}.")
+    ] = None,
+    masking: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help=f"Of --shape: {', '.join(MASKINGS)}.")
+    ] = None,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Time --shape with a backward pass too.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu or cuda; by default cuda if there is.")
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(metavar="S", min=0, help="About how long each row is timed.")
+    ] = 0.2,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Let 'auto' take the fastest from now on.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time every attention backend, checked against double precision first."""
+    from ipn_core.cli.terminal import Bar, note, print_json, quiet
+
+    parsed = [_parse(words) for words in shape or []]
+    for what, given, known in (("dtype", dtype, DTYPES), ("masking", masking, MASKINGS)):
+        _check(what, given or [], known, bool(shape))
+    with quiet():
+        from ipn_core.attention.choice import machine, write_table
+        from ipn_core.attention.timing import default_cases, fastest, measure
+
+        where = _device(device)
+        cases = (
+            _cases(parsed, dtype or [_usual(where)], masking or ["none"], backward)
+            if parsed
+            else default_cases(where)
+        )
+        with Bar("timing attention") as bar:
+            rows = measure(cases, where, seconds=seconds, report=bar.steps)
+        table = write_table(where, fastest(rows)) if tune else None
+        auto = _auto(cases, where)
+    if json:
+        print_json(
+            {
+                "machine": machine(where),
+                "rows": [row.to_json() for row in rows],
+                "auto": [{**case._asdict(), "backend": name} for case, name in auto.items()],
+                "table": None if table is None else str(table),
+            }
+        )
+        return
+    _print(rows, auto)
+    if table is not None:
+        note(f"the fastest are kept in {table}")
+
+
+def _parse(words: str) -> tuple[int, ...]:
+    """Return queries, keys, heads, heads of the keys, width and batch."""
+    from ipn_core.errors import UserError
+
+    found = re.fullmatch(r"(\d+),(\d+),(\d+)(?:/(\d+))?,(\d+),(\d+)", words.replace(" ", ""))
+    given: tuple[str, ...] = found.groups() if found is not None else ("0",)
+    numbers = tuple(int(n or given[2]) for n in given)
+    if min(numbers) < 1 or numbers[2] % numbers[3]:
+        raise UserError(
+            f"'--shape' must be Q,KV,HEADS,DIM,BATCH, five numbers from 1 such as 5,64,8,32,1 or, "
+            f"with grouped heads, 5,64,9/3,32,1; got '{words}'."
+        )
+    return numbers
+
+
+def _check(what: str, given: Sequence[str], known: Sequence[str], shaped: bool) -> None:
+    from ipn_core.errors import UserError, near
+
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"unknown {what} '{name}': known are {', '.join(known)}{near(name, known)}."
+            )
+    if given and not shaped:
+        raise UserError(f"'--{what}' says what to give a '--shape', and there is none. Add one.")
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    from ipn_core.errors import UserError
+
+    there = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if there else "cpu"))
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not there):
+        raise UserError(f"'--device' must be {'cpu or cuda' if there else 'cpu'}, got '{name}'.")
+    if device.type == "cuda" and ":" not in (name or ""):
+        # With its number, as tensors have it.
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _usual(device: torch.device) -> str:
+    return "float32" if device.type == "cpu" else "bfloat16"
+
+
+def _cases(
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[str],
+    maskings: Sequence[str],
+    backward: bool,
+) -> list[Case]:
+    from ipn_core.attention.choice import Case
+
+    cases = []
+    for queries, keys, heads, kv_heads, width, batch in shapes:
+        for dtype in dtypes:
+            for masking in maskings:
+                times = batch if masking == "packed" else 1
+                cases += [
+                    Case(
+                        batch,
+                        queries * times,
+                        keys * times,
+                        heads,
+                        kv_heads,
+                        width,
+                        width,
+                        dtype,
+                        masking,
+                        grad,
+                    )
+                    for grad in ((False, True) if backward else (False,))
+                ]
+    return cases
+
+
+def _auto(cases: Sequence[Case], device: torch.device) -> dict[Case, str]:
+    """Return what `auto` takes for each case from now on."""
+    from ipn_core.attention.dispatch import choose
+    from ipn_core.attention.timing import draw
+
+    return {case: choose(draw(case, device)).name for case in cases}
+
+
+def _print(rows: Sequence[Row], auto: dict[Case, str]) -> None:
+    for case, taken in auto.items():
+        print(_title(case))
+        mine = [row for row in rows if row.case == case]
+        for row in sorted(mine, key=lambda row: (row.median_s is None, row.median_s or 0)):
+            mark = "  <- auto" if row.backend == taken else ""
+            print(f"    {row.backend:<20}{_result(row)}{mark}")
+
+
+def _title(case: Case) -> str:
+    heads = str(case.heads) if case.heads == case.kv_heads else f"{case.heads}/{case.kv_heads}"
+    passes = "forward and backward" if case.grad else "forward"
+    return (
+        f"{case.queries} queries, {case.keys} keys, {heads} heads of {case.head_dim}, batch "
+        f"{case.batch}, {case.dtype}, masking {case.masking}, {passes}"
+    )
+
+
+def _result(row: Row) -> Any:
+    if row.median_s is None or row.p20_s is None or row.p80_s is None:
+        return f"no: {'; '.join(row.reasons)}"
+    median, low, high = (1000 * s for s in (row.median_s, row.p20_s, row.p80_s))
+    return f"{median:9.4f} ms  ({low:.4f} to {high:.4f})  error {row.error:.1e}"

@@ -1,0 +1,269 @@
+"""What `auto` takes: by measurement where there is one, else by the list; and how one is made."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ipn_core.attention import AttentionBackend, AttentionInputs, choice, timing
+from ipn_core.attention.choice import Case, describe, measured, table_path, write_table
+from ipn_core.attention.dispatch import choose
+from ipn_core.attention.timing import Row, default_cases, draw, fastest, measure
+from ipn_core.hooks import hookimpl
+from ipn_core.plugins import add_plugin, get_registry
+
+CPU = torch.device("cpu")
+PLAIN = Case(2, 3, 5, 4, 2, 16, 16, "float32", "none", False)
+MASKINGS = ("none", "mask", "bias", "lengths", "packed", "mask+bias", "mask+bias+packed")
+
+
+@pytest.fixture(autouse=True)
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the table of this machine lies: in a cache of the test's own, and not there yet."""
+    monkeypatch.setenv("IPN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(choice.SWITCH)
+    choice.forget()
+    yield table_path(CPU)
+    choice.forget()
+
+
+def taken(case: Case) -> str:
+    return choose(draw(case, CPU)).name
+
+
+# -- cases -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_a_drawn_call_is_of_its_case(masking: str, grad: bool) -> None:
+    packed = "packed" in masking
+    case = PLAIN._replace(
+        batch=3, queries=9 if packed else 3, keys=17, masking=masking, grad=grad, dtype="bfloat16"
+    )
+    assert Case.of(draw(case, CPU)) == case
+
+
+def test_rounding_raises_lengths_and_batch_to_powers_of_two() -> None:
+    case = PLAIN._replace(batch=3, queries=5, keys=64)
+    assert case.rounded() == PLAIN._replace(batch=4, queries=8, keys=64)
+    assert case.rounded().rounded() == case.rounded()
+
+
+def test_the_default_cases_are_the_starters() -> None:
+    shapes = {(case.queries, case.keys, case.masking) for case in default_cases(CPU)}
+    assert shapes == {(5, 5, "none"), (5, 64, "bias")}
+    assert {case.dtype for case in default_cases(torch.device("cuda"))} == {"bfloat16", "float32"}
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+def test_without_a_table_the_list_decides(table: Path) -> None:
+    assert not table.exists()
+    assert taken(PLAIN) == "sdpa"
+
+
+def test_the_fastest_measured_is_taken() -> None:
+    write_table(CPU, {PLAIN: "sdpa-math"})
+    assert taken(PLAIN) == "sdpa-math"
+    assert taken(PLAIN._replace(grad=True)) == "sdpa"
+    assert taken(PLAIN._replace(masking="mask")) == "sdpa"
+    assert taken(PLAIN._replace(head_dim=8, value_dim=8)) == "sdpa"
+
+
+def test_a_shape_of_its_own_goes_before_a_near_one() -> None:
+    near = PLAIN._replace(keys=7)
+    write_table(CPU, {near: "eager"})
+    assert taken(PLAIN) == taken(near) == taken(PLAIN._replace(queries=4, keys=8)) == "eager"
+    assert taken(PLAIN._replace(keys=9)) == "sdpa"
+    write_table(CPU, {PLAIN: "sdpa-math"})
+    assert taken(PLAIN) == "sdpa-math"
+    assert taken(near) == "eager"
+
+
+@pytest.mark.parametrize("name", ["xformers", "flex", "of-a-plugin-that-is-gone"])
+def test_a_winner_that_cannot_gives_way_to_the_list(name: str) -> None:
+    case = PLAIN._replace(grad=True)
+    write_table(CPU, {case: name})
+    assert taken(case) == "sdpa"
+
+
+def test_maps_and_compiled_code_do_not_ask_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table(CPU, {PLAIN: "sdpa-math"})
+    inputs = draw(PLAIN, CPU)
+    assert measured(inputs) == "sdpa-math"
+    q, k, v = inputs.q, inputs.k, inputs.v
+    assert measured(AttentionInputs.make(q, k, v, return_map=True)) is None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert measured(inputs) is None
+    assert choose(inputs).name == "sdpa"
+
+
+def test_the_table_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table(CPU, {PLAIN: "sdpa-math"})
+    read, reads = choice._read, []
+    monkeypatch.setattr(choice, "_read", lambda device: reads.append(device) or read(device))
+    assert [taken(PLAIN) for _ in range(3)] == ["sdpa-math"] * 3
+    assert reads == [CPU]
+
+
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table(CPU, {PLAIN: "sdpa-math"})
+    monkeypatch.setenv(choice.SWITCH, "off")
+    choice.forget()
+    assert taken(PLAIN) == "sdpa"
+    assert "IPN_ATTENTION_TABLE=off" in describe(CPU)
+
+
+def with_row(**changes: Any) -> Any:
+    def change(found: dict[str, Any]) -> None:
+        found["rows"][0].update(changes)
+
+    return change
+
+
+DAMAGE = {
+    "no rows": (lambda found: found.pop("rows"), "it is no table"),
+    "rows no list": (lambda found: found.update(rows={}), "it is no table"),
+    "a row no object": (lambda found: found["rows"].append(3), "a row of it is damaged"),
+    "no winner": (lambda found: found["rows"][0].pop("winner"), "a row of it is damaged"),
+    "an unknown field": (with_row(colour="red"), "a row of it is damaged"),
+    "a length no number": (with_row(keys="5"), "a row of it is damaged"),
+    "a winner no name": (with_row(winner=None), "a row of it is damaged"),
+    "another format": (lambda found: found["machine"].update(format=99), "on another device"),
+    "other versions": (lambda found: found["machine"].update(torch="1.0"), "other versions"),
+}
+
+
+@pytest.mark.parametrize("what", [*DAMAGE, "no JSON", "not text", "a folder", "a list"])
+def test_a_bad_table_is_ignored_with_a_note_and_written_anew(table: Path, what: str) -> None:
+    write_table(CPU, {PLAIN: "sdpa-math"})
+    says = ""
+    if what in DAMAGE:
+        found = json.loads(table.read_text())
+        change, says = DAMAGE[what]
+        change(found)
+        table.write_text(json.dumps(found))
+    else:
+        table.unlink()
+        if what == "a folder":
+            table.mkdir()
+        else:
+            table.write_bytes({"no JSON": b"{", "not text": b"\xff\xfe\x00", "a list": b"[]"}[what])
+    choice.forget()
+    with pytest.warns(UserWarning, match=f"are ignored: .*{says}.*ipn bench attention --tune"):
+        assert taken(PLAIN) == "sdpa"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert taken(PLAIN) == "sdpa"
+    assert "is ignored" in describe(CPU)
+    if what != "a folder":
+        write_table(CPU, {PLAIN: "eager"})
+        assert taken(PLAIN) == "eager"
+        assert describe(CPU).startswith("1 timed cases in ")
+
+
+def test_another_number_of_threads_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = table_path(CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 99)
+        assert table_path(CPU) != mine
+
+
+# -- timing ----------------------------------------------------------------------------------------
+
+
+def row(backend: str, median: float | None) -> Row:
+    return Row(PLAIN, backend, () if median else ("cannot",), 0.0, median, median, median, 5)
+
+
+@pytest.mark.parametrize(
+    ("times", "winner"),
+    [
+        ({"eager": 3.0, "sdpa": 2.0, "flex": None}, "sdpa"),
+        ({"eager": 1.0, "sdpa": 2.0}, "eager"),
+        # Within the noise, what never refuses; and of these, what the list names first.
+        ({"sdpa-flash": 1.0, "sdpa": 1.01, "eager": 1.0}, "sdpa"),
+        ({"sdpa-flash": 1.0, "sdpa": 1.05}, "sdpa-flash"),
+    ],
+)
+def test_the_fastest_wins(times: dict[str, float | None], winner: str) -> None:
+    assert fastest([row(*one) for one in times.items()]) == {PLAIN: winner}
+
+
+def test_nothing_wins_where_nothing_ran() -> None:
+    assert fastest([row("eager", None)]) == {}
+
+
+class Wrong(AttentionBackend):
+    """Looks everywhere alike."""
+
+    name = "wrong"
+    supports_groups = True
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        inputs = inputs.ungrouped()
+        return inputs.v.mean(1, keepdim=True).expand(inputs.q.shape)
+
+
+class Breaks(AttentionBackend):
+    """Fails when it runs."""
+
+    name = "breaks"
+    supports_groups = True
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        raise ValueError("no such luck")
+
+
+class BadPlugin:
+    @hookimpl
+    def register(self, registry: Any) -> None:
+        registry.attention("wrong", Wrong)
+        registry.attention("breaks", Breaks)
+
+
+@pytest.fixture
+def with_bad_ones() -> Iterator[None]:
+    registry = get_registry()
+    before = dict(registry.entries("attention")), list(registry.plugins)
+    add_plugin(registry, "bad", BadPlugin())
+    yield
+    registry.components["attention"], registry.plugins = before
+
+
+@pytest.mark.usefixtures("with_bad_ones")
+def test_every_backend_has_a_row_checked_before_it_is_timed() -> None:
+    told: list[tuple[int, int]] = []
+    cases = [PLAIN._replace(grad=True), PLAIN._replace(masking="lengths")]
+    rows = measure(cases, CPU, seconds=0, report=lambda *done: told.append(done))
+    assert told == [(1, 2), (2, 2)]
+    names = sorted(get_registry().entries("attention"))
+    assert [(r.case, r.backend) for r in rows] == [(c, name) for c in cases for name in names]
+    found = {r.backend: r for r in rows if r.case == cases[0]}
+    for name in ("eager", "sdpa", "sdpa-math", "sdpa-flash"):
+        good = found[name]
+        assert good.reasons == ()
+        assert good.error is not None
+        assert good.error < 1e-5
+        assert 0 < good.p20_s <= good.median_s <= good.p80_s  # type: ignore[operator]
+        assert good.samples == timing.SAMPLES[0]
+    assert found["wrong"].reasons[0].startswith("is off by ")
+    assert "no such luck" in found["breaks"].reasons[0]
+    assert "needs a device of cuda, got cpu" in found["xformers"].reasons
+    for name in ("wrong", "breaks", "xformers", "flex"):
+        assert found[name].median_s is None
+        assert found[name].samples == 0
+    assert json.dumps([r.to_json() for r in rows], allow_nan=False)
+    winners = fastest(rows)
+    assert set(winners) == set(cases)
+    write_table(CPU, winners)
+    assert all(taken(case) == winner for case, winner in winners.items())
