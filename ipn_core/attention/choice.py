@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ipn_core.attention.inputs import AttentionInputs
-from ipn_core.files import atomic_write
+from ipn_core.files import atomic_write, lock
 from ipn_core.weights import cache_dir
 
 __all__ = ["Case", "describe", "forget", "machine", "measured", "table_path", "write_table"]
@@ -85,7 +85,7 @@ class Case(NamedTuple):
 def measured(inputs: AttentionInputs) -> str | None:
     """Return the backend that was the fastest for calls like this one, None where none was timed.
 
-    The very shape is looked up first, then the nearest powers of two. Two look-ups in a dict, read
+    The very shape is looked up first, then the next powers of two. Two look-ups in a dict, read
     once in a process; inside of `torch.compile` and for maps there is none.
     """
     if inputs.return_map or torch.compiler.is_compiling():
@@ -152,14 +152,14 @@ def write_table(device: torch.device, winners: dict[Case, str]) -> Path:
         IPNError: it cannot be written.
     """
     path = table_path(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        known = _parse(path, device)
-    except (OSError, ValueError):
-        known = {}
-    rows = [{**case._asdict(), "winner": name} for case, name in {**known, **winners}.items()]
-    content = json.dumps({"machine": machine(device), "rows": rows}, indent=1)
-    atomic_write(path, content.encode())
+    with lock(path.with_suffix(".lock")):
+        try:
+            known = _parse(path, device)
+        except (OSError, ValueError):
+            known = {}
+        rows = [{**case._asdict(), "winner": name} for case, name in {**known, **winners}.items()]
+        content = json.dumps({"machine": machine(device), "rows": rows}, indent=1)
+        atomic_write(path, content.encode())
     forget()
     return path
 

@@ -7,7 +7,8 @@ it computes and is not fast, and has no backward pass.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -53,9 +54,8 @@ class Flex(AttentionBackend):
         if may_look is not None:
             heads = 1 if inputs.mask is None or inputs.mask.shape[1] == 1 else H
             blocks = _block_mask(q.device)(may_look, B, heads, M, N, device=q.device)
-        with warnings.catch_warnings():
-            # That it is not compiled on the CPU is so meant.
-            warnings.filterwarnings("ignore", "flex_attention called without", UserWarning)
+        # Nothing warns inside of what is being compiled, and the filter could not be compiled.
+        with nullcontext() if torch.compiler.is_compiling() else _unwarned():
             out: Tensor = _function(q.device)(
                 q,
                 k,
@@ -123,6 +123,14 @@ def _added(inputs: AttentionInputs) -> Callable[..., Tensor] | None:
         return score + bias[b, h, m, n]
 
     return add
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Keep torch from warning that it is not compiled on the CPU, which is so meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without", UserWarning)
+        yield
 
 
 def _function(device: torch.device) -> Any:
