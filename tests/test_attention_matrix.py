@@ -42,6 +42,7 @@ def test_xformers_is_exact_without_gradients(name: str, kind: str) -> None:
 
 
 # Torch compiles something for each new shape there, which takes far longer than to compute it.
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_flex_is_exact_forward(kind: str) -> None:
     inputs = call(kind, SHAPES[1], torch.float32, grad=False)
@@ -49,6 +50,7 @@ def test_flex_is_exact_forward(kind: str) -> None:
     assert_exact(get_backend("flex"), inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "dtype"), [(SHAPES[0], "bf16"), (SHAPES[2], "fp16")])
 def test_flex_takes_other_shapes_and_types(shape: tuple[int, int, int, int], dtype: str) -> None:
     assert_exact(get_backend("flex"), call("packed-dead", shape, DTYPES[dtype], grad=False))
