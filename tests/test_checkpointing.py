@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import FAMILIES, prompt_of, toy_model
 
+from ipn_core.errors import StageError
 from ipn_core.model import IPN
 
 PROMPTS = [prompt_of(row, 1 + row % 2, answer="ab") for row in range(3)]
@@ -118,7 +119,7 @@ def test_layers_are_as_before_also_after_a_fault(registry: Any) -> None:
     layer = model.backbone.layers[1]
     layer.forward = lambda *_, **__: 1 / 0
     mine = layer.forward
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(StageError, match="failed in extend: ZeroDivisionError"):
         model(PROMPTS[:1])
     assert layer.forward is mine
     assert "forward" not in vars(model.backbone.layers[0])
