@@ -1,4 +1,4 @@
-"""`ipn bench`: timings on this machine."""
+"""`ipn bench attention`: the attention backends timed, and the fastest kept for "auto"."""
 
 from __future__ import annotations
 
@@ -16,20 +16,12 @@ if TYPE_CHECKING:
     from ipn_core.attention.choice import Case
     from ipn_core.attention.timing import Row
 
-__all__ = ["app"]
-
-app = typer.Typer(help="Time what this machine computes.", no_args_is_help=True)
+__all__ = ["attention"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 MASKINGS = ("none", "mask", "bias", "lengths", "packed")
 
 
-@app.callback()
-def bench() -> None:
-    """Time what this machine computes."""
-
-
-@app.command("attention")
 def attention(
     shape: Annotated[
         list[str] | None,

@@ -1,0 +1,20 @@
+"""The group of commands `ipn bench`."""
+
+from __future__ import annotations
+
+import typer
+
+from ipn_core.cli.bench import attention, compare
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Time what this machine computes.", no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Time what this machine computes."""
+
+
+app.command("attention")(attention.attention)
+app.command("compare")(compare.compare)
