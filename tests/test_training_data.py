@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,32 @@ def test_cached_requests_are_the_engines(tmp_path: Path, registry: Registry, lay
     with torch.no_grad():
         model.slots.request.add_(1)
     assert RequestCache(model, backbone_digest(model), tmp_path).key != requests.key
+
+
+def test_reading_that_was_interrupted_goes_on(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipn_core.training.requests._BATCH", 1)
+    monkeypatch.setattr("ipn_core.training.requests._PART", 1)
+    model = toy_model(registry, "tiny-look")
+    cache = FeatureCache(model.encoder, tmp_path)
+    keys = cache.add(pictures(2))
+    read: list[str] = []
+
+    def features(some: Sequence[Example], last: int) -> Any:
+        if len(read) == last:
+            raise KeyboardInterrupt
+        read.extend(e.question for e in some)
+        return cache.get([[keys[p.name] for p in e.images] for e in some])
+
+    requests = RequestCache(model, backbone_digest(model), tmp_path / "requests")
+    with pytest.raises(KeyboardInterrupt):
+        requests.add(examples(), lambda some: features(some, 2))
+    again = RequestCache(model, backbone_digest(model), tmp_path / "requests")
+    told: list[tuple[int, int]] = []
+    again.add(examples(), lambda some: features(some, 9), lambda done, of: told.append((done, of)))
+    assert told == [(3, 3)]
+    assert sorted(read) == sorted({e.question for e in examples()})
 
 
 def test_requests_are_constant_only_where_nothing_before_them_varies(registry: Registry) -> None:

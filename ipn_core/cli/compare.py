@@ -58,6 +58,7 @@ def compare(
     from ipn_core.cli.loading import check_folder
     from ipn_core.cli.terminal import quiet
     from ipn_core.config import load_yaml
+    from ipn_core.memory import keep_freed_memory
 
     folder = out or Path("runs") / config.stem
     check_folder("--out", folder)
@@ -66,6 +67,7 @@ def compare(
         from ipn_core.comparison.executors import EXECUTORS
         from ipn_core.comparison.run import Comparison
 
+        keep_freed_memory()
         values = load_yaml(config, overrides or [])
         if seeds is not None:
             values["seeds"] = seeds

@@ -74,6 +74,7 @@ def evaluate(
     from ipn_core.cli.loading import check_file, load_model
     from ipn_core.cli.terminal import note, print_json, quiet
     from ipn_core.errors import UserError
+    from ipn_core.memory import keep_freed_memory
     from ipn_core.tasks import open_task
 
     paired = against is not None or against_interact is not None
@@ -89,6 +90,7 @@ def evaluate(
         if predictions is not None:
             check_file("--predictions", predictions, "a JSONL file", task, "the file of questions")
         pool = source.examples(chosen)
+        keep_freed_memory()
         loaded = load_model(model, interact, untrained)
         # Before the first question: that the other one cannot be loaded should not come out late.
         other = load_model(against or model, against_interact, untrained) if paired else None

@@ -30,12 +30,14 @@ def train(
     """Train a model's stages; the rest stays frozen. Prints the folder of the checkpoint."""
     from ipn_core.cli.loading import check_folder
     from ipn_core.cli.terminal import quiet
+    from ipn_core.memory import keep_freed_memory
 
     if out is not None:
         check_folder("--out", out)
     with quiet():
         from ipn_core.training.run import train as run
 
+        keep_freed_memory()
         folder = run(config, overrides or [], resume=resume, out=out)
     if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher started
         print(folder)

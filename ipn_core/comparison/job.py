@@ -24,6 +24,7 @@ from ipn_core.comparison.config import EvaluationConfig
 from ipn_core.errors import ConfigError
 from ipn_core.evaluation.evaluate import evaluate
 from ipn_core.files import atomic_write, lock, remove_unfinished
+from ipn_core.memory import keep_freed_memory
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry, get_registry
 from ipn_core.tasks import open_task
@@ -126,6 +127,7 @@ def run_job(job: Job, registry: Registry | None = None) -> None:
 def run_job_in_own_process(job: Job) -> None:
     """Do what is missing of a job, in a process that does nothing else and takes its threads."""
     torch.set_num_threads(job.threads)
+    keep_freed_memory()
     run_job(job)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 _BATCH = 32
+_PART = 32 * _BATCH
+"""Questions a file, so that reading that was interrupted goes on; whole batches."""
 _AGAIN = 4
 """How often a question comes on average, from which on it pays to read it once and alone."""
 
@@ -169,25 +172,40 @@ class RequestCache:
         report: Callable[[int, int], None] | None,
     ) -> None:
         wanted = {self._place(e, look): e for e in examples}
-        names = hashlib.sha256(
-            "\0".join("\1".join((q, str(n), *told)) for q, n, told in sorted(wanted)).encode()
-        )
         key = self.key
         if look:
             key = hashlib.sha256(key.encode() + self._injection()).hexdigest()
-        path = self.folder / f"{key[:16]}-{names.hexdigest()[:16]}.safetensors"
         keys = sorted(wanted, key=lambda k: (len(k[0]), k))
+        for start in range(0, len(keys), _PART):
+            part = keys[start : start + _PART]
+            told = None if report is None else partial(_from, report, start, len(keys))
+            hidden = self._kept(key, part, [wanted[k] for k in part], look, features, told)
+            self._known.update(zip(part, hidden, strict=True))
+
+    def _kept(
+        self,
+        key: str,
+        places: Sequence[tuple[str, int, tuple[str, ...]]],
+        examples: Sequence[Example],
+        look: int,
+        features: Callable[[Sequence[Example]], VisualFeatures],
+        report: Callable[[int, int], None] | None,
+    ) -> Tensor:
+        """Return what is on disk of these questions, after reading them if nothing is."""
+        names = hashlib.sha256(
+            "\0".join("\1".join((q, str(n), *told)) for q, n, told in sorted(places)).encode()
+        )
+        path = self.folder / f"{key[:16]}-{names.hexdigest()[:16]}.safetensors"
         if path.is_file():
             from safetensors.torch import load_file
 
-            hidden = load_file(path)["hidden"]
-        else:
-            hidden = self._compute([wanted[key] for key in keys], look, features, report)
-            from safetensors.torch import save
+            return load_file(path)["hidden"]
+        hidden = self._compute(examples, look, features, report)
+        from safetensors.torch import save
 
-            self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, save({"hidden": hidden}))
-        self._known.update(zip(keys, hidden, strict=True))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, save({"hidden": hidden}))
+        return hidden
 
     def get(self, examples: Sequence[Example]) -> list[Tensor]:
         """Return by look (B, R, D) for those of the examples, which were added, that have it."""
@@ -239,6 +257,11 @@ class RequestCache:
             if report:
                 report(start + len(some), len(examples))
         return torch.cat(found)
+
+
+def _from(report: Callable[[int, int], None], start: int, total: int, done: int, _: int) -> None:
+    """Report what is done of a part as what is done of all."""
+    report(start + done, total)
 
 
 def _injection_is_constant(model: IPN) -> bool:
