@@ -18,6 +18,7 @@ from ipn_core.dialogue import Dialogue
 from ipn_core.engine import Engine
 from ipn_core.errors import ConfigError, IPNError, ShapeError, StageError
 from ipn_core.faults import naming, ran
+from ipn_core.fitting import check_fit, declared, refuse, sizes
 from ipn_core.generate import decode
 from ipn_core.hooks import PROJECT, StageSpec
 from ipn_core.images import load_image
@@ -82,6 +83,7 @@ class IPN(nn.Module):
         self.injector = injector
         self.name = name
         self._registry = registry
+        check_fit(self)
         with self.driving("embed"):
             words = _request_words(backbone, config.layout)
         self.slots = Slots(
@@ -149,33 +151,16 @@ class IPN(nn.Module):
         build = _Builder(registry)
         if encoder is None:
             encoder = build("perceiver", config.encoder)
-        layout = config.layout
-        dims = Dims(
-            encoder.width,
-            backbone.D_in,
-            backbone.D_hidden,
-            backbone.D_out,
-            0,
-            layout.request,
-            layout.dynamic if layout.rounds else 0,
-            H_kv=backbone.kv_heads if backbone.takes_keys else 0,
-            D_head=backbone.head_dim,
-        )
+        build.dims = sizes(backbone, encoder, config.layout)
         perceiver: Perceiver = encoder
         if config.perceive is not None:
-            perceiver = build("perceiver", config.perceive, dims, encoder)
-            dims = _with(dims, S=perceiver.static_tokens or 0)
+            perceiver = build("perceiver", config.perceive, encoder)
         requester = interaction = injector = None
-        if layout.rounds:
-            requester = build("requester", config.request, dims)
-            dims = _with(dims, D_request=requester.width)
-            interaction = build("interaction", config.interact, dims)
-            dims = _with(dims, M=interaction.length, Dm=interaction.width)
+        if config.layout.rounds:
+            requester = build("requester", config.request)
+            interaction = build("interaction", config.interact)
         if config.inject is not None:
-            injector = build("injector", config.inject, dims)
-            if layout.look_again and not injector.fills:
-                why = f"injector '{config.inject.name}' fills no slot, so that nothing would follow"
-                _refuse("layout.look_again", [f"{why} a look within an answer"])
+            injector = build("injector", config.inject)
         return cls(config, backbone, perceiver, requester, interaction, injector, name, registry)
 
     @classmethod
@@ -419,39 +404,41 @@ class IPN(nn.Module):
 
 
 class _Builder:
-    """Builds components from their configs, with errors that name the plugin."""
+    """Builds components from their configs, with errors that name the plugin.
+
+    Attributes:
+        dims: what the next stage is made for; None before the encoder, which knows no model.
+    """
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
+        self.dims: Dims | None = None
 
-    def __call__(self, kind: str, spec: ComponentConfig | None, *args: Any) -> Any:
+    def __call__(self, kind: str, spec: ComponentConfig | None, *more: Any) -> Any:
         assert spec is not None
         component = self.registry.get(kind, spec.name)
-        target, declared = component.load(), component.load_config()
+        target, schema = component.load(), component.load_config()
         with component.building():
-            return self._build(target, declared or target.Config, kind, spec, args)
+            config = self._config(schema or target.Config, kind, spec)
+            if self.dims is None:
+                built = target(config)
+                _ = built.width  # one that does not know its own size was not built
+                return built
+            refuse(f"{kind} '{spec.name}'", target.not_supported_reasons(config, self.dims))
+            built = target(config, self.dims, *more)
+            self.dims = declared(self.dims, built)
+        return built
 
     @staticmethod
-    def _build(
-        target: Any, schema: Any, kind: str, spec: ComponentConfig, args: tuple[Any, ...]
-    ) -> Any:
+    def _config(schema: Any, kind: str, spec: ComponentConfig) -> Any:
         options = spec.options
-        if schema is None:
-            if options:
-                raise ConfigError(
-                    f"{kind} '{spec.name}' takes no options, got {', '.join(sorted(options))}."
-                )
-            config = None
-        else:
-            config = schema.parse(options, f"{kind} {spec.name}")
-        if args:
-            _refuse(f"{kind} '{spec.name}'", target.not_supported_reasons(config, args[0]))
-        return target(config, *args)
-
-
-def _refuse(what: str, reasons: Sequence[str]) -> None:
-    if reasons:
-        raise ConfigError(f"{what} does not fit this model: {'; '.join(reasons)}.")
+        if schema is not None:
+            return schema.parse(options, f"{kind} {spec.name}")
+        if options:
+            raise ConfigError(
+                f"{kind} '{spec.name}' takes no options, got {', '.join(sorted(options))}."
+            )
+        return None
 
 
 def _request_words(backbone: Backbone, layout: Layout) -> Tensor | None:
@@ -467,12 +454,6 @@ def _request_words(backbone: Backbone, layout: Layout) -> Tensor | None:
         )
     with torch.no_grad():
         return backbone.embed(torch.tensor([ids], device=backbone.device))[0]
-
-
-def _with(dims: Dims, **changes: Any) -> Dims:
-    from dataclasses import replace
-
-    return replace(dims, **changes)
 
 
 def _open(image: Any) -> Any:

@@ -50,6 +50,7 @@ class Dims:
         H_kv: key-value heads of each layer of the LLM, 0 where its backbone takes no keys and
             values from outside.
         D_head: width of each of them.
+        looks: whether the features can look again at parts of the picture (`VisualFeatures.look`).
     """
 
     Dv: int
@@ -64,6 +65,7 @@ class Dims:
     Dm: int = 0
     H_kv: int = 0
     D_head: int = 0
+    looks: bool = True
 
     @property
     def layers(self) -> int:

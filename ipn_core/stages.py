@@ -86,7 +86,14 @@ class Stage(nn.Module):
 
 
 class Perceiver(Stage):
-    """Pictures to features and, optionally, static tokens."""
+    """Pictures to features and, optionally, static tokens.
+
+    Attributes:
+        looks: whether its features are of places in the picture, so that they can look again at
+            parts of it (`VisualFeatures.look`).
+    """
+
+    looks: ClassVar[bool] = True
 
     @property
     @abstractmethod

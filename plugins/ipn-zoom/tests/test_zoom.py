@@ -305,6 +305,13 @@ def test_a_sample_without_pictures_gets_what_rvii_gives() -> None:
     torch.testing.assert_close(alone.values, rvii.values)
 
 
+def test_features_that_are_no_places_are_refused_when_the_model_is_built() -> None:
+    config = ZoomConfig(**SMALL)
+    assert Zoom.not_supported_reasons(config, DIMS) == []
+    (reason,) = Zoom.not_supported_reasons(config, replace(DIMS, looks=False))
+    assert reason.startswith("it looks again at parts of the picture, and the features of this")
+
+
 def test_features_that_cannot_look_are_refused() -> None:
     with pytest.raises(
         ShapeError, match=r"'zoom' looks at pictures again.*or use '--interact rvii'"

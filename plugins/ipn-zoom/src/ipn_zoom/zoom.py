@@ -75,6 +75,17 @@ class Zoom(RVII):
         super().__init__(config, dims)
         self.boxes = boxes(config.boxes, config.overlapping)
 
+    @classmethod
+    def not_supported_reasons(cls, config: ZoomConfig, dims: Dims) -> list[str]:
+        """It needs features that can look again."""
+        reasons = super().not_supported_reasons(config, dims)
+        if not dims.looks:
+            reasons.append(
+                "it looks again at parts of the picture, and the features of this perceiver are "
+                "not of places in it: leave perceive out, or use rvii"
+            )
+        return reasons
+
     def forward(self, request: Request, features: VisualFeatures) -> VisualMessage:
         """Look, choose boxes, and look at both; see `Interaction.forward`.
 
