@@ -1,4 +1,4 @@
-"""What `auto` takes: by measurement where there is one, else by the list; and how one is made."""
+"""What `auto` takes: by measurement where there is one, else by the list."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from ipn_core.attention import AttentionBackend, AttentionInputs, choice, timing
+from ipn_core.attention import AttentionInputs, choice
 from ipn_core.attention.choice import Case, describe, measured, table_path, write_table
 from ipn_core.attention.dispatch import choose
-from ipn_core.attention.timing import Row, default_cases, draw, fastest, measure
-from ipn_core.hooks import hookimpl
-from ipn_core.plugins import add_plugin, get_registry
+from ipn_core.attention.drawing import default_cases, draw
 
 CPU = torch.device("cpu")
 PLAIN = Case(2, 3, 5, 4, 2, 16, 16, "float32", "none", False)
@@ -115,6 +112,28 @@ def test_the_table_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reads == [CPU]
 
 
+def test_every_kind_of_call_gets_its_own_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "REMEMBERED", 3)
+    winners = {
+        PLAIN._replace(**change): name
+        for name, change in {
+            "eager": {"keys": 6},
+            "sdpa": {"grad": True},
+            "sdpa-math": {"masking": "mask"},
+            "sdpa-flash": {"value_dim": 8},
+            "flex": {"batch": 2, "queries": 6, "keys": 10, "masking": "packed"},
+            "sdpa-cudnn": {"dtype": "bfloat16"},
+        }.items()
+    }
+    write_table(CPU, winners)
+    for _ in range(2):
+        assert {case: measured(draw(case, CPU)) for case in winners} == winners
+    assert len(choice._answers) <= 3
+    assert measured(draw(PLAIN._replace(dtype="float16"), CPU)) is None
+    write_table(CPU, dict.fromkeys(winners, "eager"))  # an answer is not kept beyond its table
+    assert {measured(draw(case, CPU)) for case in winners} == {"eager"}
+
+
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     write_table(CPU, {PLAIN: "sdpa-math"})
     monkeypatch.setenv(choice.SWITCH, "off")
@@ -176,94 +195,3 @@ def test_another_number_of_threads_has_a_table_of_its_own(monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 99)
         assert table_path(CPU) != mine
-
-
-# -- timing ----------------------------------------------------------------------------------------
-
-
-def row(backend: str, median: float | None) -> Row:
-    return Row(PLAIN, backend, () if median else ("cannot",), 0.0, median, median, median, 5)
-
-
-@pytest.mark.parametrize(
-    ("times", "winner"),
-    [
-        ({"eager": 3.0, "sdpa": 2.0, "flex": None}, "sdpa"),
-        ({"eager": 1.0, "sdpa": 2.0}, "eager"),
-        # Within the noise, what never refuses; and of these, what the list names first.
-        ({"sdpa-flash": 1.0, "sdpa": 1.01, "eager": 1.0}, "sdpa"),
-        ({"sdpa-flash": 1.0, "sdpa": 1.05}, "sdpa-flash"),
-    ],
-)
-def test_the_fastest_wins(times: dict[str, float | None], winner: str) -> None:
-    assert fastest([row(*one) for one in times.items()]) == {PLAIN: winner}
-
-
-def test_nothing_wins_where_nothing_ran() -> None:
-    assert fastest([row("eager", None)]) == {}
-
-
-class Wrong(AttentionBackend):
-    """Looks everywhere alike."""
-
-    name = "wrong"
-    supports_groups = True
-
-    def forward(self, inputs: AttentionInputs) -> Tensor:
-        inputs = inputs.ungrouped()
-        return inputs.v.mean(1, keepdim=True).expand(inputs.q.shape)
-
-
-class Breaks(AttentionBackend):
-    """Fails when it runs."""
-
-    name = "breaks"
-    supports_groups = True
-
-    def forward(self, inputs: AttentionInputs) -> Tensor:
-        raise ValueError("no such luck")
-
-
-class BadPlugin:
-    @hookimpl
-    def register(self, registry: Any) -> None:
-        registry.attention("wrong", Wrong)
-        registry.attention("breaks", Breaks)
-
-
-@pytest.fixture
-def with_bad_ones() -> Iterator[None]:
-    registry = get_registry()
-    before = dict(registry.entries("attention")), list(registry.plugins)
-    add_plugin(registry, "bad", BadPlugin())
-    yield
-    registry.components["attention"], registry.plugins = before
-
-
-@pytest.mark.usefixtures("with_bad_ones")
-def test_every_backend_has_a_row_checked_before_it_is_timed() -> None:
-    told: list[tuple[int, int]] = []
-    cases = [PLAIN._replace(grad=True), PLAIN._replace(masking="lengths")]
-    rows = measure(cases, CPU, seconds=0, report=lambda *done: told.append(done))
-    assert told == [(1, 2), (2, 2)]
-    names = sorted(get_registry().entries("attention"))
-    assert [(r.case, r.backend) for r in rows] == [(c, name) for c in cases for name in names]
-    found = {r.backend: r for r in rows if r.case == cases[0]}
-    for name in ("eager", "sdpa", "sdpa-math", "sdpa-flash"):
-        good = found[name]
-        assert good.reasons == ()
-        assert good.error is not None
-        assert good.error < 1e-5
-        assert 0 < good.p20_s <= good.median_s <= good.p80_s  # type: ignore[operator]
-        assert good.samples == timing.SAMPLES[0]
-    assert found["wrong"].reasons[0].startswith("is off by ")
-    assert "no such luck" in found["breaks"].reasons[0]
-    assert "needs a device of cuda, got cpu" in found["xformers"].reasons
-    for name in ("wrong", "breaks", "xformers", "flex"):
-        assert found[name].median_s is None
-        assert found[name].samples == 0
-    assert json.dumps([r.to_json() for r in rows], allow_nan=False)
-    winners = fastest(rows)
-    assert set(winners) == set(cases)
-    write_table(CPU, winners)
-    assert all(taken(case) == winner for case, winner in winners.items())

@@ -71,6 +71,10 @@ class AttentionBackend(ABC):
         """Return further reasons; called only where the constants gave none."""
         return []
 
+    def holds_map(self, inputs: AttentionInputs) -> bool:
+        """Return whether it holds the logits of all (B, H, M, N) in memory at once."""
+        return False
+
     def not_supported_reasons(self, inputs: AttentionInputs) -> list[str]:
         """Return why these inputs cannot be served; empty means that they can."""
         reasons = []

@@ -22,6 +22,10 @@ class Eager(AttentionBackend):
     supports_groups = True
     supports_map = True
 
+    def holds_map(self, inputs: AttentionInputs) -> bool:
+        """Say so: the map is what it is for."""
+        return True
+
     def forward(self, inputs: AttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the attention, and the map if it is wanted."""
         inputs = inputs.ungrouped()

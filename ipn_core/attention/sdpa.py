@@ -105,6 +105,10 @@ class SDPAMath(SDPAKernel):
     name = "sdpa-math"
     kernel = "MATH"
 
+    def holds_map(self, inputs: AttentionInputs) -> bool:
+        """Say so, but of sequences end to end only as many as their rows have."""
+        return not _wants_rows(inputs)
+
 
 class SDPAFlash(SDPAKernel):
     """FlashAttention as torch ships it."""

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ipn_core.attention.choice import Case
-from ipn_core.attention.dispatch import AUTO, attend, backends_for
-from ipn_core.attention.inputs import AttentionInputs
+from ipn_core.attention.dispatch import AUTO, backends_for, get_backend
+from ipn_core.attention.drawing import draw, label
+from ipn_core.attention.exact import call, exact, largest_difference, results
 from ipn_core.errors import IPNError
 
-__all__ = ["TOLERANCE", "Row", "default_cases", "draw", "fastest", "measure"]
+if TYPE_CHECKING:
+    from ipn_core.benchmarking import Row
+
+__all__ = ["TOLERANCE", "Timing", "Trial", "fastest", "in_turn", "measure", "seconds_of"]
 
 TOLERANCE = {
     "float64": 1e-10,
@@ -34,12 +36,15 @@ SAMPLE_S = 0.002
 """What one sample of a timing takes at least, so that the clock's own error does not count."""
 SAMPLES = (5, 200)
 """How many samples a row gets at least and at most."""
+MAP_BYTES = 2 << 30
+"""What the map of a call may take on a CPU, in float32, for a backend that holds all of it: a CPU
+that runs out of memory ends the program, where a GPU says so."""
 
 Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Timing:
     """What one backend did with one case.
 
     Attributes:
@@ -48,85 +53,124 @@ class Row:
         reasons: why it was not timed, empty if it was.
         error: largest difference from double precision, of the result and of the gradients, each
             relative to the largest value; None if it never ran.
-        median_s, p20_s, p80_s: seconds of one call, with all that `attend` does around it.
-        samples: how many these are taken from.
+        seconds: of one call, with all that `attend` does around it; a number a sample.
+        peak_bytes: what a call holds at most beyond its inputs, None where nobody counts it.
     """
 
     case: Case
     backend: str
     reasons: tuple[str, ...] = ()
     error: float | None = None
-    median_s: float | None = None
-    p20_s: float | None = None
-    p80_s: float | None = None
-    samples: int = 0
+    seconds: tuple[float, ...] = ()
+    peak_bytes: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the row as plain values."""
-        return {
-            **self.case._asdict(),
-            "backend": self.backend,
-            "reasons": list(self.reasons),
-            "error": self.error,
-            "median_s": self.median_s,
-            "p20_s": self.p20_s,
-            "p80_s": self.p80_s,
-            "samples": self.samples,
-        }
+    def to_row(self) -> Row:
+        """Return the row of a benchmark; its interval is of the median."""
+        from ipn_core.benchmarking import Row
+
+        name = f"{label(self.case)} / {self.backend}"
+        what = {**self.case._asdict(), "backend": self.backend}
+        if not self.seconds:
+            return Row.refused(name, self.reasons or ("it was not timed",), what, error=self.error)
+        more = {} if self.peak_bytes is None else {"peak_bytes": float(self.peak_bytes)}
+        return Row.of(name, self.seconds, what, error=self.error, more=more)
 
 
-def default_cases(device: torch.device) -> list[Case]:
-    """Return what the starter calls: its five tokens among themselves, and looking at 64 patches.
+class Trial:
+    """One case, drawn, with every backend checked for it: to be timed, and its memory counted.
 
-    Once for a question, and for a batch of 32 with a backward pass as in training.
+    Args:
+        case: the call.
+        device: where it runs.
+        names: the backends, by default every one that is registered.
+
+    Attributes:
+        inputs: the call.
+        checked: a timing without seconds for each backend, by name.
     """
-    dtypes = ("float32",) if device.type == "cpu" else ("bfloat16", "float32")
-    return [
-        Case(batch, 5, keys, 8, 8, 32, 32, dtype, masking, grad)
-        for dtype in dtypes
-        for batch, grad in ((1, False), (32, True))
-        for keys, masking in ((5, "none"), (64, "bias"))
-    ]
 
+    def __init__(
+        self, case: Case, device: torch.device, names: Iterable[str] | None = None
+    ) -> None:
+        self.case = case
+        self.device = device
+        self.inputs = draw(case, device)
+        self._exact: list[torch.Tensor] | None = None
+        against = backends_for(self.inputs)
+        wanted = sorted(against) if names is None else list(names)
+        self.checked = {name: self._check(name, against[name]) for name in wanted}
+        self._exact = None  # it is large
 
-def draw(case: Case, device: torch.device, seed: int = 0) -> AttentionInputs:
-    """Draw a call of a case, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    dtype: torch.dtype = getattr(torch, case.dtype)
-    parts = case.masking.split("+")
-    packed = "packed" in parts
-    B = 1 if packed else case.batch
-    M, N, H = case.queries, case.keys, case.heads
+    def _check(self, name: str, reasons: list[str]) -> Timing:
+        """Run a backend once and hold it against double precision."""
+        reasons = reasons or self._too_large(name)
+        if reasons:
+            return Timing(self.case, name, tuple(reasons))
+        try:
+            if self._exact is None:
+                self._exact = exact(self.inputs)
+            error = largest_difference(results(self.inputs, name), self._exact)
+        except (IPNError, RuntimeError) as failure:
+            return Timing(self.case, name, (" ".join(str(failure).split()),))
+        limit = TOLERANCE[self.case.dtype]
+        if error <= limit:
+            return Timing(self.case, name, error=error)
+        wrong = f"is off by {error:.2g}, more than {limit:g} of the largest"
+        return Timing(self.case, name, (wrong,), error if error < float("inf") else None)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+    def _too_large(self, name: str) -> list[str]:
+        B, H, M, N = self.inputs.shape
+        size = 4 * B * H * M * N
+        if self.device.type != "cpu" or size <= MAP_BYTES:
+            return []
+        if not get_backend(name).holds_map(self.inputs):
+            return []
+        return [f"holds the whole map, {size / 1e9:.1f} GB here, more than {MAP_BYTES / 1e9:.1f}"]
 
-    q = normal(B, M, H, case.head_dim)
-    k = normal(B, N, case.kv_heads, case.head_dim)
-    v = normal(B, N, case.kv_heads, case.value_dim)
-    more: dict[str, Any] = {}
-    if "mask" in parts:
-        mask = torch.rand(B, N, generator=generator) > 0.25
-        mask[:, 0] = True
-        more["mask"] = mask.to(device)
-    if "bias" in parts:
-        more["bias"] = normal(B, H, 1, N)
-    if "lengths" in parts:
-        more["lengths"] = [max(N - 1 - i * N // (2 * B), 0) for i in range(B)]
-    if packed:
-        more["query_lengths"] = _ragged(M, case.batch)
-        more["lengths"] = _ragged(N, case.batch)
-    q, k, v = (t.requires_grad_(case.grad) for t in (q, k, v))
-    return AttentionInputs.make(q, k, v, **more)
+    def task(self, name: str) -> Callable[[], Any]:
+        """Return what is timed: a call, with a backward pass if it wants gradients.
 
+        Args:
+            name: a backend that was found right, or "auto".
+        """
+        inputs = self.inputs
+        if not inputs.q.requires_grad:
+            return torch.no_grad()(lambda: call(inputs, name))
+        leaves = (inputs.q, inputs.k, inputs.v)
+        ones = torch.ones_like(call(inputs, name))
+        return lambda: torch.autograd.grad(call(inputs, name), leaves, ones)
 
-def _ragged(total: int, parts: int) -> list[int]:
-    """Share a total out, neighbours by as much more and less."""
-    sizes = [total // parts + (i < total % parts) for i in range(parts)]
-    shift = total // parts // 4
-    for i in range(0, parts - 1, 2):
-        sizes[i], sizes[i + 1] = sizes[i] + shift, sizes[i + 1] - shift
-    return sizes
+    def time(self, seconds: float, also: Sequence[str] = ()) -> list[Timing]:
+        """Time the backends that were found right, in turn.
+
+        Args:
+            seconds: about how long each is timed.
+            also: further names to time with them, such as "auto".
+
+        Returns:
+            A timing for each backend; those that were not timed have the reasons.
+        """
+        right = [name for name, timing in self.checked.items() if not timing.reasons]
+        tasks = {name: self.task(name) for name in (*right, *also)}
+        times = in_turn(tasks, self.device, seconds)
+        timings = [*self.checked.values(), *(Timing(self.case, name) for name in also)]
+        return [
+            replace(t, seconds=tuple(times[t.backend]), peak_bytes=self.peak(tasks[t.backend]))
+            if t.backend in tasks
+            else t
+            for t in timings
+        ]
+
+    def peak(self, task: Callable[[], Any]) -> int | None:
+        """Return the bytes that a call holds at most beyond its inputs, None but on CUDA."""
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        task()
+        torch.cuda.synchronize(self.device)
+        return int(torch.cuda.max_memory_allocated(self.device) - before)
 
 
 def measure(
@@ -135,7 +179,7 @@ def measure(
     *,
     seconds: float = 0.2,
     report: Report | None = None,
-) -> list[Row]:
+) -> list[Timing]:
     """Time every backend for every case.
 
     The backends of a case take turns, so that whatever else the machine does meets all alike.
@@ -147,29 +191,24 @@ def measure(
         report: is told (done, total) cases.
 
     Returns:
-        A row for each case and backend; one that refuses, fails or is wrong has the reasons.
+        A timing for each case and backend; one that refuses, fails or is wrong has the reasons.
     """
-    rows: list[Row] = []
+    timings: list[Timing] = []
     for index, case in enumerate(cases):
-        inputs = draw(case, device)
-        exact = _results(inputs, "eager", exact=True)
-        checked = [
-            _check(case, inputs, exact, *one) for one in sorted(backends_for(inputs).items())
-        ]
-        tasks = {row.backend: _task(inputs, row.backend) for row in checked if not row.reasons}
-        times = _in_turn(tasks, device, seconds)
-        rows += [_timed(row, times.get(row.backend, [])) for row in checked]
+        timings += Trial(case, device).time(seconds)
         if report is not None:
             report(index + 1, len(cases))
-    return rows
+    return timings
 
 
-def fastest(rows: Iterable[Row]) -> dict[Case, str]:
+def fastest(timings: Iterable[Timing]) -> dict[Case, str]:
     """Return the winner of each case that any backend was timed for."""
+    from statistics import median
+
     best: dict[Case, dict[str, float]] = {}
-    for row in rows:
-        if row.median_s is not None:
-            best.setdefault(row.case, {})[row.backend] = row.median_s
+    for timing in timings:
+        if timing.seconds:
+            best.setdefault(timing.case, {})[timing.backend] = median(timing.seconds)
     winners = {}
     for case, times in best.items():
         limit = min(times.values()) * NEAR
@@ -178,79 +217,22 @@ def fastest(rows: Iterable[Row]) -> dict[Case, str]:
     return winners
 
 
-def _check(
-    case: Case, inputs: AttentionInputs, exact: list[Tensor], name: str, reasons: list[str]
-) -> Row:
-    """Run a backend once and hold it against double precision."""
-    if reasons:
-        return Row(case, name, tuple(reasons))
-    try:
-        found = _results(inputs, name)
-    except (IPNError, RuntimeError) as failure:
-        return Row(case, name, (" ".join(str(failure).split()),))
-    error = max(_off(mine, true) for mine, true in zip(found, exact, strict=True))
-    limit = TOLERANCE[case.dtype]
-    wrong = (
-        () if error <= limit else (f"is off by {error:.2g}, more than {limit:g} of the largest",)
-    )
-    return Row(case, name, wrong, error)
-
-
-def _off(found: Tensor, exact: Tensor) -> float:
-    largest = max(float(exact.abs().max()), 1e-3)
-    error = float((found.double() - exact).abs().max()) / largest
-    return error if error == error else float("inf")
-
-
-def _results(inputs: AttentionInputs, name: str, exact: bool = False) -> list[Tensor]:
-    """Return the result, and with gradients those of q, k and v too."""
-    if exact:
-        q, k, v = (
-            t.detach().double().requires_grad_(t.requires_grad)
-            for t in (inputs.q, inputs.k, inputs.v)
-        )
-        inputs = replace(inputs, q=q, k=k, v=v)
-    with torch.set_grad_enabled(inputs.q.requires_grad):
-        out = _attend(inputs, name)
-    if not inputs.q.requires_grad:
-        return [out]
-    ones = torch.linspace(0, 1, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
-    leaves = (inputs.q, inputs.k, inputs.v)
-    # A gradient that is missing counts as zero, which is wrong like any other number.
-    grads = torch.autograd.grad(out, leaves, ones, materialize_grads=True)
-    return [out.detach(), *grads]
-
-
-def _attend(inputs: AttentionInputs, name: str) -> Tensor:
-    return attend(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        mask=inputs.mask,
-        bias=inputs.bias,
-        lengths=inputs.lengths,
-        query_lengths=inputs.query_lengths,
-        backend=name,
-    )
-
-
-def _task(inputs: AttentionInputs, name: str) -> Callable[[], Any]:
-    """Return what is timed: a call, with a backward pass if it wants gradients."""
-    if not inputs.q.requires_grad:
-        return torch.no_grad()(lambda: _attend(inputs, name))
-    leaves = (inputs.q, inputs.k, inputs.v)
-    ones = torch.ones_like(_attend(inputs, name))
-    return lambda: torch.autograd.grad(_attend(inputs, name), leaves, ones)
-
-
-def _in_turn(
+def in_turn(
     tasks: dict[str, Callable[[], Any]], device: torch.device, seconds: float
 ) -> dict[str, list[float]]:
-    """Return samples of the seconds of a call; none is always the one after the same other."""
+    """Return samples of the seconds of a call; none is always the one after the same other.
+
+    The i-th sample of one task was taken right before or after the i-th of each other.
+
+    Args:
+        tasks: by name.
+        device: where they run; on CUDA they are timed by its events.
+        seconds: about how long the slowest is timed.
+    """
     inner, least = {}, 0.0
     for name, task in tasks.items():
-        _clock(task, 1, device)
-        once = min(_clock(task, 1, device) for _ in range(3))
+        seconds_of(task, 1, device)
+        once = min(seconds_of(task, 1, device) for _ in range(3))
         inner[name] = max(1, min(1000, round(SAMPLE_S / max(once, 1e-9))))
         least = max(least, inner[name] * once)
     low, high = SAMPLES
@@ -260,11 +242,11 @@ def _in_turn(
     for turn in range(count):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            times[name].append(_clock(tasks[name], inner[name], device))
+            times[name].append(seconds_of(tasks[name], inner[name], device))
     return times
 
 
-def _clock(task: Callable[[], Any], times: int, device: torch.device) -> float:
+def seconds_of(task: Callable[[], Any], times: int, device: torch.device) -> float:
     """Return the seconds of one of so many calls."""
     if device.type != "cuda":
         began = time.perf_counter()
@@ -279,11 +261,3 @@ def _clock(task: Callable[[], Any], times: int, device: torch.device) -> float:
         last.record()
         last.synchronize()
     return float(first.elapsed_time(last)) / 1000 / times
-
-
-def _timed(row: Row, times: list[float]) -> Row:
-    if not times:
-        return row
-    low, *_, high = statistics.quantiles(times, n=5, method="inclusive")
-    middle = statistics.median(times)
-    return replace(row, median_s=middle, p20_s=low, p80_s=high, samples=len(times))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import torch
 
     from ipn_core.attention.choice import Case
-    from ipn_core.attention.timing import Row
+    from ipn_core.attention.timing import Timing
+    from ipn_core.benchmarking import Row
 
 __all__ = ["attention"]
 
@@ -60,7 +61,8 @@ def attention(
         _check(what, given or [], known, bool(shape))
     with quiet():
         from ipn_core.attention.choice import machine, write_table
-        from ipn_core.attention.timing import default_cases, fastest, measure
+        from ipn_core.attention.drawing import default_cases
+        from ipn_core.attention.timing import fastest, measure
 
         where = _device(device)
         cases = (
@@ -69,20 +71,20 @@ def attention(
             else default_cases(where)
         )
         with Bar("timing attention") as bar:
-            rows = measure(cases, where, seconds=seconds, report=bar.steps)
-        table = write_table(where, fastest(rows)) if tune else None
+            timings = measure(cases, where, seconds=seconds, report=bar.steps)
+        table = write_table(where, fastest(timings)) if tune else None
         auto = _auto(cases, where)
     if json:
         print_json(
             {
                 "machine": machine(where),
-                "rows": [row.to_json() for row in rows],
+                "rows": [t.to_row().model_dump(mode="json") for t in timings],
                 "auto": [{**case._asdict(), "backend": name} for case, name in auto.items()],
                 "table": None if table is None else str(table),
             }
         )
         return
-    _print(rows, auto)
+    _print(timings, auto)
     if table is not None:
         note(f"the fastest are kept in {table}")
 
@@ -170,18 +172,18 @@ def _cases(
 def _auto(cases: Sequence[Case], device: torch.device) -> dict[Case, str]:
     """Return what `auto` takes for each case from now on."""
     from ipn_core.attention.dispatch import choose
-    from ipn_core.attention.timing import draw
+    from ipn_core.attention.drawing import draw
 
     return {case: choose(draw(case, device)).name for case in cases}
 
 
-def _print(rows: Sequence[Row], auto: dict[Case, str]) -> None:
+def _print(timings: Sequence[Timing], auto: dict[Case, str]) -> None:
     for case, taken in auto.items():
         print(_title(case))
-        mine = [row for row in rows if row.case == case]
-        for row in sorted(mine, key=lambda row: (row.median_s is None, row.median_s or 0)):
-            mark = "  <- auto" if row.backend == taken else ""
-            print(f"    {row.backend:<20}{_result(row)}{mark}")
+        mine = [(t.backend, t.to_row()) for t in timings if t.case == case]
+        for backend, row in sorted(mine, key=lambda one: (one[1].median is None, one[1].median)):
+            mark = "  <- auto" if backend == taken else ""
+            print(f"    {backend:<20}{_result(row)}{mark}")
 
 
 def _title(case: Case) -> str:
@@ -193,8 +195,8 @@ def _title(case: Case) -> str:
     )
 
 
-def _result(row: Row) -> Any:
-    if row.median_s is None or row.p20_s is None or row.p80_s is None:
+def _result(row: Row) -> str:
+    if row.median is None or row.p20 is None or row.p80 is None:
         return f"no: {'; '.join(row.reasons)}"
-    median, low, high = (1000 * s for s in (row.median_s, row.p20_s, row.p80_s))
+    median, low, high = (1000 * s for s in (row.median, row.p20, row.p80))
     return f"{median:9.4f} ms  ({low:.4f} to {high:.4f})  error {row.error:.1e}"

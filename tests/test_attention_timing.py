@@ -1,0 +1,181 @@
+"""How backends are timed: each held against double precision first, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ipn_core.attention import AttentionBackend, AttentionInputs, choice, timing
+from ipn_core.attention import exact as reference
+from ipn_core.attention.choice import Case, write_table
+from ipn_core.attention.dispatch import choose
+from ipn_core.attention.drawing import draw, label
+from ipn_core.attention.exact import exact, largest_difference, results
+from ipn_core.attention.timing import Timing, Trial, fastest, measure
+from ipn_core.hooks import hookimpl
+from ipn_core.plugins import add_plugin, get_registry
+
+CPU = torch.device("cpu")
+PLAIN = Case(2, 3, 5, 4, 2, 16, 16, "float32", "none", False)
+
+
+@pytest.fixture(autouse=True)
+def _own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("IPN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(choice.SWITCH)
+    choice.forget()
+    yield
+    choice.forget()
+
+
+# -- what a call must give -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    "masking", ["none", "mask", "bias", "lengths", "packed", "mask+bias+lengths", "bias+packed"]
+)
+def test_it_is_found_in_pieces_as_all_at_once(
+    masking: str, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = "packed" in masking
+    case = Case(3, 9, 17, 4, 2, 8, 6, "float64", masking, grad)
+    case = case if packed else case._replace(queries=4)
+    monkeypatch.setattr(reference, "PIECE", 2 * 4 * 4 * 17)  # two samples
+    inputs = draw(case, CPU)
+    whole = results(inputs, "eager")
+    assert len(whole) == (4 if grad else 1)
+    assert largest_difference(exact(inputs), whole) < 1e-12
+
+
+def test_a_difference_counts_by_the_largest_value_and_nothing_hides_one() -> None:
+    true = [torch.tensor([1.0, -4.0]).double(), torch.ones(3).double()]
+    assert largest_difference([t.clone() for t in true], true) == 0
+    off = [true[0] + torch.tensor([0.0, 0.4]), true[1]]
+    assert largest_difference(off, true) == pytest.approx(0.1)
+    assert largest_difference([true[0], true[1] * float("nan")], true) == float("inf")
+
+
+# -- timing ----------------------------------------------------------------------------------------
+
+
+def timed(backend: str, median: float | None) -> Timing:
+    seconds = (median,) * 5 if median else ()
+    return Timing(PLAIN, backend, () if median else ("cannot",), 0.0, seconds)
+
+
+@pytest.mark.parametrize(
+    ("times", "winner"),
+    [
+        ({"eager": 3.0, "sdpa": 2.0, "flex": None}, "sdpa"),
+        ({"eager": 1.0, "sdpa": 2.0}, "eager"),
+        # Within the noise, what never refuses; and of these, what the list names first.
+        ({"sdpa-flash": 1.0, "sdpa": 1.01, "eager": 1.0}, "sdpa"),
+        ({"sdpa-flash": 1.0, "sdpa": 1.05}, "sdpa-flash"),
+    ],
+)
+def test_the_fastest_wins(times: dict[str, float | None], winner: str) -> None:
+    assert fastest([timed(*one) for one in times.items()]) == {PLAIN: winner}
+
+
+def test_nothing_wins_where_nothing_ran() -> None:
+    assert fastest([timed("eager", None)]) == {}
+
+
+class Wrong(AttentionBackend):
+    """Looks everywhere alike."""
+
+    name = "wrong"
+    supports_groups = True
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        inputs = inputs.ungrouped()
+        return inputs.v.mean(1, keepdim=True).expand(inputs.q.shape)
+
+
+class Breaks(AttentionBackend):
+    """Fails when it runs."""
+
+    name = "breaks"
+    supports_groups = True
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        raise ValueError("no such luck")
+
+
+class BadPlugin:
+    @hookimpl
+    def register(self, registry: Any) -> None:
+        registry.attention("wrong", Wrong)
+        registry.attention("breaks", Breaks)
+
+
+@pytest.fixture
+def with_bad_ones() -> Iterator[None]:
+    registry = get_registry()
+    before = dict(registry.entries("attention")), list(registry.plugins)
+    add_plugin(registry, "bad", BadPlugin())
+    yield
+    registry.components["attention"], registry.plugins = before
+
+
+@pytest.mark.usefixtures("with_bad_ones")
+def test_every_backend_has_a_row_checked_before_it_is_timed() -> None:
+    told: list[tuple[int, int]] = []
+    cases = [PLAIN._replace(grad=True), PLAIN._replace(masking="lengths")]
+    rows = measure(cases, CPU, seconds=0, report=lambda *done: told.append(done))
+    assert told == [(1, 2), (2, 2)]
+    names = sorted(get_registry().entries("attention"))
+    assert [(r.case, r.backend) for r in rows] == [(c, name) for c in cases for name in names]
+    found = {r.backend: r for r in rows if r.case == cases[0]}
+    for name in ("eager", "sdpa", "sdpa-math", "sdpa-flash"):
+        good = found[name]
+        assert good.reasons == ()
+        assert good.error is not None
+        assert good.error < 1e-5
+        assert len(good.seconds) == timing.SAMPLES[0]
+        assert all(seconds > 0 for seconds in good.seconds)
+    assert found["wrong"].reasons[0].startswith("is off by ")
+    assert "no such luck" in found["breaks"].reasons[0]
+    assert "needs a device of cuda, got cpu" in found["xformers"].reasons
+    for name in ("wrong", "breaks", "xformers", "flex"):
+        assert found[name].seconds == ()
+        assert found[name].to_row().reasons == found[name].reasons
+    winners = fastest(rows)
+    assert set(winners) == set(cases)
+    write_table(CPU, winners)
+    assert all(choose(draw(case, CPU)).name == winner for case, winner in winners.items())
+
+
+def test_auto_is_timed_beside_what_it_may_take() -> None:
+    trial = Trial(PLAIN, CPU, ["eager", "sdpa", "xformers"])
+    timings = {t.backend: t for t in trial.time(0, also=["auto"])}
+    assert [len(t.seconds) for t in timings.values()] == [5, 5, 0, 5]
+    rows = {name: timing.to_row() for name, timing in timings.items()}
+    assert rows["auto"].name == "q3 kv5 d16 h4/2 b2 float32 none forward / auto"
+    assert rows["auto"].error is None
+    assert rows["sdpa"].case == {**PLAIN._asdict(), "backend": "sdpa"}
+    assert rows["sdpa"].samples == 5
+    assert rows["xformers"].reasons == ("needs a device of cuda, got cpu",)
+
+
+def test_a_label_has_the_queries_and_keys_of_one_sequence() -> None:
+    packed = PLAIN._replace(batch=2, queries=6, keys=10, masking="packed", grad=True)
+    assert label(packed) == "q3 kv5 d16 h4/2 b2 float32 packed forward+backward"
+
+
+def test_a_map_that_does_not_fit_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MAP_BYTES", 4 * 4 * 6 * 10 - 1)
+    case = PLAIN._replace(batch=2, queries=6, keys=10, masking="packed")
+    found = Trial(case, CPU).checked
+    for name in ("eager", "flex"):
+        assert found[name].reasons[0].startswith("holds the whole map, 0.0 GB here, more than 0.0")
+        assert found[name].error is None
+    for name in ("sdpa", "sdpa-math"):
+        assert found[name].reasons == ()
+        assert found[name].error is not None
