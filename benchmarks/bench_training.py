@@ -1,320 +1,219 @@
-"""Seconds of a training step: a question asked with its beginning frozen, kept, and in two passes.
+"""Examples per second of a training with all caches, against the encoder on and no caches.
 
-All rows train through the same LLM, on the same questions, answers and features, with as many
-tokens in front of the answer: the static model has its tokens in front of the question, where
-gradients must go through all that follows; the others ask. They run in turn within each repetition,
-so that a busy machine slows them alike; ratios are taken within a repetition, and their median is
-what is checked. With them, examples per second with all caches against the encoder on and none.
+Both are the trainer's own stages (`StageRun`), on the same weights and the same batches. One kind
+of stage does not run the LLM, and needs requests; the other goes through it. What a whole training
+gains follows from how many examples each kind has in `examples/compare.yaml`. What a single step
+costs is in `ipn bench engine`.
 
-Run `pytest benchmarks/bench_training.py`, or `python -m benchmarks.bench_training --help`.
+Run `pytest benchmarks/bench_training.py`.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import math
-import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from benchmarks import cached_training
-from benchmarks.measuring import (
-    GRID,
-    INTERACT,
-    WIDTH,
-    backbone,
-    collected,
-    in_turn,
-    machine,
-    ratio,
-    ratio_line,
-    seconds,
-    threads,
-)
-from ipn_core.features import VisualFeatures
+from benchmarks.checking import report
+from benchmarks.results import Row
+from ipn_core.benchmarking.engine import subjects
+from ipn_core.benchmarking.engine.table import Found, against, took
+from ipn_core.benchmarking.engine.timing import collected, in_turn, threads
+from ipn_core.benchmarking.engine.training import SHARED, setup_prompts
+from ipn_core.config import load_yaml
 from ipn_core.model import IPN
-from ipn_core.prefixes import PrefixCache
+from ipn_core.plugins import get_registry
 from ipn_core.prompt import Prompt
-from ipn_core.segments import IGNORED, lay_out
-from ipn_core.stages import InjectContext, RequestContext
+from ipn_core.stages import VisionEncoder
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig
-from ipn_core.training.parameters import choose
+from ipn_core.training.config import DataConfig, StageConfig
+from ipn_core.training.data import Data
+from ipn_core.training.features import FeatureCache
+from ipn_core.training.loop import StageRun
 
-LENGTHS = (128, 24)
-"""Tokens up to and with `<img-q>`; the goals are about the first."""
-K = 8
-FIRST_WORDS = ("red", "tan", "dog", "cat", "sky", "yes", "box", "cup")
-"""One a row of the batch, each as long as the others: no two questions begin alike."""
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""SmolLM2's own without its system message, which would make every question longer."""
-SHARED = {"backbone": "llama", "encoder": "tiny", "prompt": {"template": TEMPLATE}}
-REPEATS = 12
-GOALS = {"frozen": 0.60, "kept": 0.25}
-"""How much of the static model's step they may take."""
-CACHES = 3.0
-"""How many times as many examples a second a training must do with all caches."""
-NAMES = {
-    "static": "static tokens in front",
-    "frozen": "asked, beginning run each step",
-    "kept": "asked, beginning from the cache",
-    "two passes": "asked, the LLM run twice",
+RECIPE = Path(__file__).parents[1] / "examples" / "compare.yaml"
+PICTURES = 32
+SHARED_OUT = {"groups": 8, "per_group": 3}
+"""A batch of 24 questions about 8 pictures, as in the stages of the recipe that run the LLM."""
+KINDS: dict[str, dict[str, Any]] = {
+    "without the LLM": {"objectives": {"answer-embedding": 1.0}, "train": ("interact",)},
+    "through the LLM": {
+        "objectives": {"language": 1.0},
+        "train": ("interact", "inject", "slots.dynamic"),
+    },
 }
-
-
-# -- what is timed ---------------------------------------------------------------------------------
+CACHES, NONE = "all caches", "encoder on, no caches"
+BYTES = 1 << 31
+GOAL = 3.0
+"""How many times as many examples a second a training must do with all caches."""
+REPEATS = 12
+QUESTION = 24
+"""Tokens up to and with `<img-q>`."""
 
 
 @dataclass
-class Rows:
-    """Steps of two models on one batch, and the losses and gradients that they are checked by.
+class Runs:
+    """A stage of training twice.
 
     Attributes:
-        asking: with RVII, new weights.
-        static: the same LLM with as many tokens in front of the question.
-        prompts: B questions with their answers, all of one length.
-        features: of their pictures.
-        prefix: tokens up to and with `<img-q>`.
-        length: tokens that the LLM runs over for a row, in either model.
+        caches: features, requests and prefixes are kept.
+        none: the encoder runs in every step, and so does the LLM over every question.
     """
 
-    asking: IPN
-    static: IPN
-    prompts: list[Prompt]
-    features: VisualFeatures
-    prefix: int
-    length: int
-
-    def __post_init__(self) -> None:
-        self.kept = PrefixCache(self.asking, 1 << 31)
-        self._optimizers = {
-            id(model): torch.optim.AdamW(_trained(model), lr=0.0)
-            for model in (self.asking, self.static)
-        }
+    caches: StageRun
+    none: StageRun
 
     @property
-    def steps(self) -> dict[str, Callable[[], float]]:
-        """A training step of each row; returns its loss. The rate is 0, so that all stay alike."""
-        losses = {
-            "static": (self.static, lambda: self._loss(self.static)),
-            "frozen": (self.asking, lambda: self._loss(self.asking)),
-            "kept": (self.asking, lambda: self._loss(self.asking, self.kept)),
-            "two passes": (self.asking, self._two_passes),
-        }
-
-        def step(model: IPN, loss: Callable[[], Tensor]) -> float:
-            value = loss()
-            value.backward()
-            nn.utils.clip_grad_norm_(_trained(model), 1.0)
-            optimizer = self._optimizers[id(model)]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return value.item()
-
-        return {name: lambda parts=parts: step(*parts) for name, parts in losses.items()}
+    def steps(self) -> dict[str, Callable[[], Any]]:
+        """A training step of each."""
+        return {CACHES: self.caches.advance, NONE: self.none.advance}
 
     def check(self) -> None:
-        """Refuse to time rows that do not compute the same, from the cache cold and warm.
+        """Refuse to time runs that do not compute the same.
 
         Raises:
-            AssertionError: losses differ by more than 1e-4 of themselves, or gradients of the
-                largest one.
+            AssertionError: losses, or norms of the gradient, differ by more than 1e-3.
         """
-        loss = self._loss(self.asking)
-        expected = loss.item()
-        gradients = torch.autograd.grad(loss, _trained(self.asking))
-        largest = max(float(g.abs().max()) for g in gradients)
-        others = {
-            "kept": lambda: self._loss(self.asking, self.kept),
-            "kept, again": lambda: self._loss(self.asking, self.kept),
-            "two passes": self._two_passes,
-        }
-        for name, make in others.items():
-            loss = make()
-            if not math.isclose(loss.item(), expected, rel_tol=1e-4):
-                raise AssertionError(f"'{name}' has the loss {loss.item():.6f}, not {expected:.6f}")
-            mine = torch.autograd.grad(loss, _trained(self.asking))
-            off = max(float((a - b).abs().max()) for a, b in zip(mine, gradients, strict=True))
-            if off > 1e-4 * largest:
-                raise AssertionError(f"the gradients of '{name}' differ by {off / largest:.1e}")
-        if self.kept.reads != len(self.prompts):
-            raise AssertionError(f"{self.kept.reads} beginnings were read, not {len(self.prompts)}")
-
-    def _loss(self, model: IPN, kept: PrefixCache | None = None) -> Tensor:
-        loss, count = model(self.prompts, self.features, kept)
-        return loss / count
-
-    def _two_passes(self) -> Tensor:
-        """Return the loss as the published code finds it: the LLM runs over the question twice."""
-        model, lm = self.asking, self.asking.backbone.lm.base_model
-        plans = [model.planner.plan(prompt) for prompt in self.prompts]
-        (first, last), _, _ = lay_out(plans, [[0]] * len(plans), 1, K)
-        before = model.backbone.embed(first.ids)
-        before[:, -1] = model.slots.request
-        with torch.no_grad():
-            hidden = lm(inputs_embeds=before, use_cache=False).last_hidden_state[:, -1:]
-        request = model.requester(RequestContext(hidden, list(range(len(plans)))))
-        message = model.interaction(request, self.features)
-        tokens = model.injector(message, InjectContext(model.slots.dynamic)).tokens
-        after = model.backbone.embed(last.ids)[:, K:]
-        whole = torch.cat([before, tokens, after], dim=1)
-        hidden = lm(inputs_embeds=whole, use_cache=False).last_hidden_state[:, self.prefix :]
-        learned = last.labels[:, 1:] != IGNORED
-        logits = model.backbone.logits(hidden[:, :-1][learned])
-        return F.cross_entropy(logits, last.labels[:, 1:][learned])
+        mine, other = self.caches.advance(), self.none.advance()
+        for name in ("loss", "grad_norm"):
+            if not math.isclose(mine[name], other[name], rel_tol=1e-3):
+                raise AssertionError(f"with caches '{name}' is {mine[name]}, without {other[name]}")
 
 
-def setup_steps(llm: Any, length: int) -> Rows:
-    """Build both models around one LLM, and a batch whose questions have `length` tokens or more.
+def setup_runs(model: IPN, kind: str, task: Path) -> Runs:
+    """Get a stage ready twice, with everything read that is read once.
 
-    Raises:
-        AssertionError: the models put different numbers of tokens into the LLM.
+    Args:
+        model: asks; its encoder is the real one.
+        kind: of stage.
+        task: a file of questions; caches lie beside it.
+    """
+    from accelerate import Accelerator
+
+    entry = DataConfig(task=str(task))
+    # So slow that both runs find the same weights.
+    stage = StageConfig(name=kind, steps=1000, warmup=0, lr=1e-12, **SHARED_OUT, **KINDS[kind])
+
+    def run(size: int | None, prefixes: int) -> StageRun:
+        data = Data(entry, get_registry(), training=True)
+        cache = FeatureCache(model.encoder, task.parent / "features", size)
+        data.encode(cache)
+        made = StageRun(
+            stage,
+            model,
+            [data],
+            cache=cache,
+            registry=get_registry(),
+            accelerator=Accelerator(),
+            seed=0,
+            digest=lambda: "benchmark",
+            prefixes=prefixes,
+        )
+        if not prefixes:
+            made.requests = None
+        if made.requests is not None:
+            made.requests.folder = task.parent / "requests"
+            made.read_requests([data])
+        made.prepare()
+        return made
+
+    runs = Runs(run(None, BYTES), run(0, 0))
+    for _ in range(4):  # until each question has come
+        runs.caches.advance()
+    runs.none.step = runs.caches.step
+    return runs
+
+
+def write_task(folder: Path, prompts: Sequence[Prompt]) -> Path:
+    """Write pictures of noise, about each of which all questions are asked; returns the file."""
+    from PIL import Image
+
+    lines = []
+    for number in range(PICTURES):
+        noise = torch.randint(
+            0, 256, (256, 256, 3), generator=torch.Generator().manual_seed(number)
+        )
+        Image.fromarray(noise.to(torch.uint8).numpy()).save(folder / f"{number}.png")
+        for prompt in prompts:
+            answer = prompt.turns[-1].content[0].text
+            row = {"image": f"{number}.png", "question": prompt.question, "answer": answer}
+            lines.append(json.dumps(row))
+    path = folder / "questions.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def mix() -> dict[str, float]:
+    """Return the share of each kind in the examples of the recipe."""
+    found = dict.fromkeys(KINDS, 0.0)
+    for stage in load_yaml(RECIPE, ())["stages"]:
+        objectives = [get_registry().get("objective", name).load() for name in stage["objectives"]]
+        kind = list(KINDS)[any(o.through_llm for o in objectives)]
+        found[kind] += stage["steps"] * stage["groups"] * stage["per_group"]
+    return {kind: count / sum(found.values()) for kind, count in found.items()}
+
+
+def encoder() -> tuple[VisionEncoder, str]:
+    """Return the starter's encoder, or a toy where its weights cannot be had; and which."""
+    try:
+        found = get_registry().get("perceiver", "efficientnet-lite0").load()
+        return found(found.Config()), "EfficientNet-Lite0 at 256 pixels"
+    except Exception as error:  # whatever keeps them away, it is in the report
+        return TinyEncoder(TinyEncoderConfig()), f"a toy encoder ({type(error).__name__}: {error})"
+
+
+def measure(
+    llm: Any, prompts: Sequence[Prompt], eyes: tuple[VisionEncoder, str], folder: Path, repeats: int
+) -> Found:
+    """Measure both kinds of stages, and put a whole training together from them.
+
+    Args:
+        llm: the backbone.
+        prompts: questions with their answers.
+        eyes: the encoder, and what it is.
+        folder: for pictures and caches.
+        repeats: of each row.
     """
     torch.manual_seed(0)
-    encoder = TinyEncoder(TinyEncoderConfig(width=WIDTH))
-    asks = {"strategy": "rvii", "interact": INTERACT, "layout": {"dynamic": K}}
-    shows = {"strategy": "static", "perceive": {"name": "static", "map": "mlp", "tokens": K + 1}}
-    asking, static = (
-        IPN.from_config({**SHARED, **own}, backbone=llm, encoder=encoder).train()
-        for own in (asks, shows)
+    config = {**SHARED, "strategy": "rvii", "backbone": "llama", "encoder": "tiny"}
+    model = IPN.from_config(
+        {**config, "interact": subjects.INTERACT}, backbone=llm, encoder=eyes[0]
     )
-    choose(asking, ["interact", "inject", "slots.dynamic"])
-    choose(static, ["perceive", "slots.image"])
-    patches = [torch.randn(GRID[0] * GRID[1], WIDTH) for _ in FIRST_WORDS]
-    features = VisualFeatures.pack(
-        patches, [GRID] * len(patches), range(len(patches)), len(patches)
+    task = write_task(folder, prompts)
+    shares = mix()
+    rows: list[Row] = []
+    whole: dict[str, list[float]] = {name: [0.0] * repeats for name in (CACHES, NONE)}
+    for kind in KINDS:
+        runs = setup_runs(model, kind, task)
+        runs.check()
+        found = collected(in_turn(runs.steps, repeats))
+        rows += [*took(kind, found), against(kind, found, NONE, CACHES, better="higher")]
+        for name, taken in found.items():
+            more = [shares[kind] * value for value in taken]
+            whole[name] = [a + b for a, b in zip(whole[name], more, strict=True)]
+    name = "a whole training"
+    rows.append(against(name, whole, NONE, CACHES, GOAL, "higher"))
+    batch = math.prod(SHARED_OUT.values())
+    of = ", ".join(f"{100 * share:.1f} % {kind}" for kind, share in shares.items())
+    return Found(
+        "training-caches",
+        f"a training step, {eyes[1]}, {batch} questions about {SHARED_OUT['groups']} pictures",
+        rows,
+        notes=[f"of the examples of {RECIPE.name}, {of}; {name} is put together of both"],
     )
-    prompts, prefix = setup_prompts(asking, length)
-    totals = []
-    for model in (asking, static):
-        plans = [model.planner.plan(prompt) for prompt in prompts]
-        percept = model.perceive([], [plan.question for plan in plans], features)
-        with torch.no_grad():
-            _, _, state = model.engine.loss(plans, percept)
-        totals += [count.total() for count in state.counts]
-    if len(set(totals)) > 1:
-        raise AssertionError(f"the models put {totals} tokens into the LLM")
-    return Rows(asking, static, prompts, features, prefix, totals[0])
 
 
-def setup_prompts(model: IPN, length: int) -> tuple[list[Prompt], int]:
-    """Return a batch whose rows have equally many tokens, and how many up to `<img-q>`."""
-    text = "?"
-    while True:
-        answers = (*FIRST_WORDS[1:], FIRST_WORDS[0])
-        prompts = [
-            Prompt.ask(word + text, ["the picture"], answer=answer)
-            for word, answer in zip(FIRST_WORDS, answers, strict=True)
-        ]
-        plans = [model.planner.plan(prompt) for prompt in prompts]
-        first, last = lay_out(plans, [[0]] * len(plans), 1, K)[0]
-        if first.padded or last.padded:
-            raise AssertionError("the questions or answers differ in length")
-        if first.length >= length:
-            return prompts, first.length
-        text += " a"
-
-
-def _trained(model: IPN) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-# -- timing ----------------------------------------------------------------------------------------
-
-
-def measure(rows: Rows, repeats: int) -> dict[str, list[float]]:
-    """Check the rows, then time them in turn; returns the seconds of each.
-
-    Raises:
-        AssertionError: they do not compute the same.
-    """
-    rows.check()
-    return collected(in_turn(rows.steps, repeats))
-
-
-def report(rows: Rows, found: dict[str, list[float]], goals: bool) -> str:
-    """Say how long the steps of a length took, in milliseconds and of the static model's."""
-    asking, static = (sum(p.numel() for p in _trained(m)) for m in (rows.asking, rows.static))
-    lines = [
-        f"{rows.prefix} tokens up to <img-q>, {K} dynamic ones, {rows.length} in all, or {K + 1} "
-        f"static ones of {rows.length}; batch {len(rows.prompts)}; {asking:,} weights train, "
-        f"{static:,} in the static model; {len(found['static'])} repetitions",
-        *seconds(NAMES, found),
-    ]
-    for name in ("frozen", "kept", "two passes"):
-        goal = f"   goal {GOALS[name]:.2f}" if goals and name in GOALS else ""
-        lines.append(ratio_line(f"{name} / static", ratio(found[name], found["static"])) + goal)
-    return "\n".join(lines)
-
-
-def run(repeats: int, count: int | None = None) -> tuple[str, dict[str, float]]:
-    """Return the report, and what is held against goals; by default all cores work on it."""
-    with threads(count), tempfile.TemporaryDirectory() as folder:
-        llm, name = backbone()
-        parts = [f"training steps, {name}, {machine()}"]
-        measured: dict[str, float] = {}
-        for length in LENGTHS:
-            rows = setup_steps(llm, length)
-            found = measure(rows, repeats)
-            first = length == LENGTHS[0]
-            parts.append(report(rows, found, goals=first))
-            if first:
-                measured = {row: ratio(found[row], found["static"])[0] for row in GOALS}
-        prompts, _ = setup_prompts(rows.asking, LENGTHS[-1])
-        text, measured["caches"] = cached_training.run(
-            llm, prompts, {"layout": {"dynamic": K}, **SHARED}, Path(folder), repeats
-        )
-        parts.append(f"{text}   goal {CACHES:.1f}")
-        return "\n\n".join(parts), measured
-
-
-def verdict(measured: dict[str, float]) -> str | None:
-    """Say which goals are missed, None if none is."""
-    faults = [
-        f"'{NAMES[row]}' takes {measured[row]:.3f} of the static model's step, not {goal:.2f}"
-        for row, goal in GOALS.items()
-        if measured[row] > goal
-    ]
-    if measured["caches"] < CACHES:
-        faults.append(f"all caches make a training {measured['caches']:.2f} times as fast, not 3")
-    if not faults:
-        return None
-    return "; ".join(faults) + ". On a busy machine, run it again alone or with --no-check."
-
-
-def test_training(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
-    text, measured = run(REPEATS)
-    with capsys.disabled():
-        print(f"\n{text}\n")
-    fault = verdict(measured)
-    if fault and not request.config.getoption("--no-check"):
-        pytest.fail(fault, pytrace=False)
-
-
-def main() -> int:
-    """Run from the command line; returns 1 if a goal is missed."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="at least 2")
-    parser.add_argument("--threads", type=int, help="fewer than all, on a busy machine")
-    parser.add_argument("--no-check", action="store_true", help="print only, whatever it is")
-    options = parser.parse_args()
-    text, measured = run(options.repeats, options.threads)
-    print(text)
-    fault = verdict(measured)
-    if fault:
-        print(fault, file=sys.stderr)
-    return 1 if fault and not options.no_check else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def test_training(
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with threads(None):
+        llm, name = subjects.backbone()
+        prompts, _ = setup_prompts(subjects.asking_model(llm, **SHARED), QUESTION)
+        found = measure(llm, prompts, encoder(), tmp_path, REPEATS)
+        report("training", name, [found], request, capsys)

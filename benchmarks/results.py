@@ -43,7 +43,7 @@ def store(
 ) -> Path:
     """Write a section anew; returns its file.
 
-    Call it while as many threads are set as were measured with (`measuring.threads`).
+    Call it while as many threads are set as were measured with (`timing.threads`).
 
     Args:
         name: of the benchmark, such as "attention", "engine", "first-token" or "training".

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measuring import GRID, SMOLLM2_SHAPE, WIDTH
+from ipn_core.benchmarking.engine.subjects import GRID, SMOLLM2_SHAPE, WIDTH
 from ipn_core.files import atomic_write
 from ipn_core.model import IPN
 from ipn_core.plugins import get_registry

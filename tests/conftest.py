@@ -25,6 +25,13 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def small_interaction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the models of benchmarks an interaction of a few weights."""
+    small = {"name": "rvii", "width": 16, "depth": 1, "heads": 2, "mlp_ratio": 2}
+    monkeypatch.setattr("ipn_core.benchmarking.engine.subjects.INTERACT", small)
+
+
+@pytest.fixture
 def own_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train as a process of its own would: with empty caches, and in whatever precision."""
     monkeypatch.setenv("IPN_CACHE", str(tmp_path / "cache"))

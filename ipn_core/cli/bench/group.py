@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ipn_core.cli.bench import attention, compare
+from ipn_core.cli.bench import attention, compare, engine
 
 __all__ = ["app"]
 
@@ -17,4 +17,5 @@ def bench() -> None:
 
 
 app.command("attention")(attention.attention)
+app.command("engine")(engine.engine)
 app.command("compare")(compare.compare)

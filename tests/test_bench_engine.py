@@ -1,0 +1,101 @@
+"""`ipn bench engine`: every row is measured and held to its goal, and what differs is not timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ipn_core.benchmarking.engine import subjects
+from ipn_core.benchmarking.engine.first_token import setup_first_token
+from ipn_core.benchmarking.engine.report import text
+from ipn_core.benchmarking.engine.table import Found, Session, measure
+from ipn_core.benchmarking.engine.training import Steps, setup_steps
+from ipn_core.benchmarking.rows import Row
+from ipn_core.testing.tiny import tiny_backbone
+
+pytestmark = pytest.mark.usefixtures("small_interaction")
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> Session:
+    monkeypatch.setattr(subjects, "backbone", lambda: (tiny_backbone(), "a toy"))
+    return Session(short=True, count=2)
+
+
+GOALS = {
+    "first-token-128": {"one request round : its floor": 1.05},
+    "training": {
+        "asked, the beginning run each step : static tokens in front": 0.6,
+        "asked, the beginning from the cache : static tokens in front": 0.25,
+    },
+    "training-all": {"asked, the beginning trained through : one pass over the same tokens": 1.07},
+    "machinery": {"what hooks add : a first token": 0.01},
+}
+
+
+@pytest.mark.parametrize("row", GOALS)
+def test_a_row_is_measured_and_held_to_its_goals(session: Session, row: str) -> None:
+    found = measure(row, session)
+    assert found.row == row
+    assert all(one.median is not None and one.samples == 2 for one in found.rows)
+    goals = {one.name.removeprefix(f"{row}/"): one.goal for one in found.rows if one.goal}
+    assert goals == GOALS[row]
+    said = text(found)
+    assert said.count("goal at ") == len(goals)
+    assert all(one.name.removeprefix(f"{row}/") in said for one in found.rows)
+
+
+def test_rows_that_find_different_tokens_are_not_timed() -> None:
+    case = setup_first_token(tiny_backbone(), 128)
+    case.check()
+    with torch.no_grad():
+        case.embeds[:, -1] += 100.0
+    with pytest.raises(AssertionError, match="the rows find different first tokens"):
+        case.check()
+
+
+@pytest.fixture
+def steps() -> Steps:
+    return setup_steps(tiny_backbone(), 40)
+
+
+def test_a_cache_that_gives_something_else_is_not_timed(steps: Steps) -> None:
+    steps.check()
+    steps.kept.reads = 0
+    with torch.no_grad():
+        steps.asking.slots.request += 1  # the cache still has what was read before
+    with pytest.raises(AssertionError, match=r"'kept' has the loss .*, not "):
+        steps.check()
+
+
+def test_beginnings_that_are_read_again_are_not_timed(steps: Steps) -> None:
+    steps.kept.limit = 0
+    with pytest.raises(AssertionError, match=r"16 beginnings were read, not 8"):
+        steps.check()
+
+
+def test_a_pass_that_is_told_something_else_is_not_timed(steps: Steps) -> None:
+    steps.check_all()
+    assert steps.told is not None
+    steps.told += 1
+    with pytest.raises(AssertionError, match="one pass has the loss"):
+        steps.check_all()
+
+
+def test_goals_that_are_missed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from benchmarks.checking import missed
+
+    def of(value: float, better: Any) -> Found:
+        row = Row.of("r/a : b", [value], unit="ratio", better=better, goal=2.0)
+        return Found("r", "", [row])
+
+    assert missed([of(2.0, "lower"), of(2.0, "higher")]) is None
+    assert missed([of(2.3, "lower"), of(1.7, "higher")], slack=0.2) is None
+    said = missed([of(2.5, "lower"), of(1.6, "higher")], slack=0.2)
+    assert said is not None
+    assert "r/a : b is 2.500 (goal at most 2: NOT MET)" in said
+    assert "r/a : b is 1.600 (goal at least 2: NOT MET)" in said
