@@ -1,10 +1,79 @@
-"""Options of the benchmarks."""
+"""Options of the benchmarks, the device that they run on, and where their rows go."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import pytest
+import torch
+
+from benchmarks.results import FOLDER, Row, store
+from benchmarks.sections import Book
+
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+BOOK = pytest.StashKey[Book]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let a busy machine print what it measures without failing."""
-    parser.addoption("--no-check", action="store_true", help="print ratios without checking them")
+    """Say how much is measured, for how long, and where it is written."""
+    group = parser.getgroup("ipn benchmarks")
+    group.addoption("--no-check", action="store_true", help="print ratios without checking them")
+    group.addoption(
+        "--grid",
+        choices=("short", "usual", "full"),
+        help="how many shapes of a grid: by default the usual ones on a CPU, all on CUDA",
+    )
+    group.addoption("--row-seconds", type=float, help="about how long a row is timed")
+    group.addoption(
+        "--results", type=Path, default=FOLDER, metavar="DIR", help="where results are written"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Open the book that rows are entered in."""
+    config.stash[BOOK] = Book(config.getoption("--results"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Let what asks for a device run on each kind of it; `gpu` marks those on CUDA."""
+    if "device" in metafunc.fixturenames and not hasattr(metafunc.module, "pytest_generate_tests"):
+        metafunc.parametrize("device", DEVICES, scope="session", indirect=True)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where it runs."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def book(request: pytest.FixtureRequest) -> Book:
+    """Where benchmarks of many tests enter their rows; a section is written once it is whole."""
+    return request.config.stash[BOOK]
+
+
+@pytest.fixture
+def keep(request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """Write a section whose rows one test measures: `keep("engine", rows, notes=[…])`."""
+    folder = request.config.getoption("--results")
+
+    def write(name: str, rows: Sequence[Row], device: str = "cpu", **more: Sequence[str]) -> Path:
+        return store(name, rows, device, folder=folder, **more)
+
+    return write
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write what is whole."""
+    session.config.stash[BOOK].close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which sections were written, and which were not, and why."""
+    for line in terminalreporter.config.stash[BOOK].told:
+        terminalreporter.write_line(line)

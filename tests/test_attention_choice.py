@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ipn_core.attention import AttentionInputs, choice
+from ipn_core.attention import AttentionInputs, choice, dispatch, get_backend
 from ipn_core.attention.choice import Case, describe, measured, table_path, write_table
 from ipn_core.attention.dispatch import choose
 from ipn_core.attention.drawing import default_cases, draw
@@ -96,11 +96,10 @@ def test_a_winner_that_cannot_gives_way_to_the_list(name: str) -> None:
 def test_maps_and_compiled_code_do_not_ask_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     write_table(CPU, {PLAIN: "sdpa-math"})
     inputs = draw(PLAIN, CPU)
-    assert measured(inputs) == "sdpa-math"
+    assert measured(inputs) == choose(inputs).name == "sdpa-math"
     q, k, v = inputs.q, inputs.k, inputs.v
-    assert measured(AttentionInputs.make(q, k, v, return_map=True)) is None
+    assert choose(AttentionInputs.make(q, k, v, return_map=True)).name == "eager"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert measured(inputs) is None
     assert choose(inputs).name == "sdpa"
 
 
@@ -113,25 +112,46 @@ def test_the_table_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_kind_of_call_gets_its_own_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "REMEMBERED", 3)
+    monkeypatch.setattr(dispatch, "REMEMBERED", 3)
     winners = {
         PLAIN._replace(**change): name
-        for name, change in {
-            "eager": {"keys": 6},
-            "sdpa": {"grad": True},
-            "sdpa-math": {"masking": "mask"},
-            "sdpa-flash": {"value_dim": 8},
-            "flex": {"batch": 2, "queries": 6, "keys": 10, "masking": "packed"},
-            "sdpa-cudnn": {"dtype": "bfloat16"},
-        }.items()
+        for name, change in (
+            ("eager", {"keys": 6}),
+            ("sdpa-math", {"grad": True}),
+            ("eager", {"masking": "mask"}),
+            ("sdpa-math", {"value_dim": 8}),
+            ("eager", {"batch": 2, "queries": 6, "keys": 10, "masking": "packed"}),
+            ("sdpa-flash", {"dtype": "bfloat16"}),
+        )
     }
     write_table(CPU, winners)
     for _ in range(2):
-        assert {case: measured(draw(case, CPU)) for case in winners} == winners
-    assert len(choice._answers) <= 3
-    assert measured(draw(PLAIN._replace(dtype="float16"), CPU)) is None
+        assert {case: taken(case) for case in winners} == winners
+    assert 0 < len(choice.answers) <= 3
+    assert taken(PLAIN._replace(dtype="float16")) == "sdpa"
     write_table(CPU, dict.fromkeys(winners, "eager"))  # an answer is not kept beyond its table
-    assert {measured(draw(case, CPU)) for case in winners} == {"eager"}
+    assert {taken(case) for case in winners} == {"eager"}
+
+
+def test_a_kept_answer_costs_no_look_up_and_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table(CPU, {PLAIN: "sdpa-math", PLAIN._replace(grad=True): "sdpa"})
+    assert taken(PLAIN) == "sdpa-math"
+    assert taken(PLAIN._replace(grad=True)) == "sdpa"
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "measured", lambda inputs: pytest.fail("it was looked up again"))
+        assert taken(PLAIN) == "sdpa-math"
+        assert taken(PLAIN._replace(grad=True)) == "sdpa"
+    refusing = get_backend("sdpa-math")
+    monkeypatch.setattr(refusing, "more_reasons", lambda inputs: ["not today"], raising=False)
+    assert taken(PLAIN) == "sdpa"
+
+
+def test_a_choice_that_another_refused_first_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table(CPU, {PLAIN: "sdpa-math"})
+    with monkeypatch.context() as patch:
+        patch.setattr(get_backend("sdpa-math"), "more_reasons", lambda inputs: ["not today"])
+        assert taken(PLAIN) == "sdpa"
+    assert taken(PLAIN) == "sdpa-math"
 
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

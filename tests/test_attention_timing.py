@@ -136,6 +136,7 @@ def test_every_backend_has_a_row_checked_before_it_is_timed() -> None:
     for name in ("eager", "sdpa", "sdpa-math", "sdpa-flash"):
         good = found[name]
         assert good.reasons == ()
+        assert not good.failed
         assert good.error is not None
         assert good.error < 1e-5
         assert len(good.seconds) == timing.SAMPLES[0]
@@ -146,6 +147,7 @@ def test_every_backend_has_a_row_checked_before_it_is_timed() -> None:
     for name in ("wrong", "breaks", "xformers", "flex"):
         assert found[name].seconds == ()
         assert found[name].to_row().reasons == found[name].reasons
+        assert found[name].failed is (name in ("wrong", "breaks"))
     winners = fastest(rows)
     assert set(winners) == set(cases)
     write_table(CPU, winners)

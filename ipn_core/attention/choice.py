@@ -21,17 +21,24 @@ from ipn_core.attention.inputs import AttentionInputs
 from ipn_core.files import atomic_write, lock
 from ipn_core.weights import cache_dir
 
-__all__ = ["Case", "describe", "forget", "machine", "measured", "table_path", "write_table"]
+__all__ = [
+    "Case",
+    "answers",
+    "describe",
+    "forget",
+    "machine",
+    "measured",
+    "table_path",
+    "write_table",
+]
 
 FORMAT = 1
 SWITCH = "IPN_ATTENTION_TABLE"
 """`off` in this variable of the environment leaves the choice to the priority list."""
 
-REMEMBERED = 4096
-"""Kinds of calls whose answers are kept."""
-
 _tables: dict[torch.device, dict[Case, str]] = {}
-_answers: dict[Any, str | None] = {}
+answers: dict[Any, Any] = {}
+"""What was decided for kinds of calls by a table, or for want of one; `forget` empties it."""
 
 
 class Case(NamedTuple):
@@ -90,46 +97,22 @@ def measured(inputs: AttentionInputs) -> str | None:
     """Return the backend that was the fastest for calls like this one, None where none was timed.
 
     The very shape is looked up first, then the next powers of two. The table is read once in a
-    process, and for a call like an earlier one that answer is returned; inside of `torch.compile`
-    and for maps there is none.
+    process.
     """
-    if inputs.return_map or torch.compiler.is_compiling():
-        return None
-    q, k, v = inputs.q, inputs.k, inputs.v
-    device = q.device
+    device = inputs.q.device
     table = _tables.get(device)
     if table is None:
         table = _tables[device] = _read(device)
     if not table:
         return None
-    # What a `Case` is made of, without making one: this is on the way of every call.
-    key = (
-        q.shape,
-        k.shape,
-        v.shape[-1],
-        q.dtype,
-        device,
-        inputs.mask is None,
-        inputs.bias is None,
-        inputs.lengths is None,
-        None if inputs.query_lengths is None else len(inputs.query_lengths),
-        inputs.needs_grad,
-    )
-    try:
-        return _answers[key]
-    except KeyError:
-        pass
-    if len(_answers) >= REMEMBERED:
-        _answers.clear()
     case = Case.of(inputs)
-    answer = _answers[key] = table.get(case) or table.get(case.rounded())
-    return answer
+    return table.get(case) or table.get(case.rounded())
 
 
 def forget() -> None:
     """Read the tables anew on the next call."""
     _tables.clear()
-    _answers.clear()
+    answers.clear()
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ipn_core.attention.backend import AttentionBackend
-from ipn_core.attention.choice import measured
+from ipn_core.attention.choice import answers, measured
 from ipn_core.attention.inputs import AttentionInputs
 from ipn_core.errors import AttentionUnavailableError, IPNError, PluginError, StageError
 from ipn_core.plugins import Component, get_registry
@@ -27,6 +27,9 @@ __all__ = [
 AUTO = ("xformers", "sdpa", "eager")
 """What `backend="auto"` tries, in this order, where nothing was measured (`choice`); any other
 backend is used only by name."""
+
+REMEMBERED = 4096
+"""Kinds of calls for which it is kept what "auto" took."""
 
 _made: dict[str, tuple[Component, AttentionBackend]] = {}
 
@@ -204,32 +207,90 @@ def _reasons(name: str, inputs: AttentionInputs) -> list[str]:
 def choose(inputs: AttentionInputs) -> AttentionBackend:
     """Return what "auto" takes: the fastest as measured, else the first of `AUTO` that can.
 
+    Nothing is looked up for maps and inside of `torch.compile`. What was taken is kept for calls of
+    the same kind, because looking it up would take a share of a small call's time.
+
     Raises:
         AttentionUnavailableError: none can; the text lists the reasons of every backend.
     """
-    fastest = measured(inputs)
-    for name in AUTO if fastest is None else (fastest, *AUTO):
-        backend = _usable(name, inputs)
-        if backend is not None:
+    if inputs.return_map or torch.compiler.is_compiling():
+        return _first(AUTO, inputs)[0]
+    kind = _kind(inputs)
+    known: tuple[Component, AttentionBackend] | None = answers.get(kind)
+    if known is not None:
+        component, backend = known
+        if get_registry().entries("attention").get(backend.name) is component and (
+            _goes_by_constants(backend) or not backend.not_supported_reasons(inputs)
+        ):
             return backend
+    fastest = measured(inputs)
+    backend, at_once = _first(AUTO if fastest is None else (fastest, *AUTO), inputs)
+    if at_once:
+        if len(answers) >= REMEMBERED:
+            answers.clear()
+        answers[kind] = _made[backend.name]
+    return backend
+
+
+def _kind(inputs: AttentionInputs) -> Any:
+    """Return all that `Case` and the constants of a backend go by, as cheaply as can be."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    return (
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        q.device,
+        inputs.mask is None,
+        inputs.bias is None,
+        inputs.lengths is None,
+        None if inputs.query_lengths is None else len(inputs.query_lengths),
+        inputs.needs_grad,
+        inputs.bias_needs_grad,
+    )
+
+
+def _goes_by_constants(backend: AttentionBackend) -> bool:
+    cls = type(backend)
+    return (
+        cls.more_reasons is AttentionBackend.more_reasons
+        and cls.not_supported_reasons is AttentionBackend.not_supported_reasons
+    )
+
+
+def _first(names: Sequence[str], inputs: AttentionInputs) -> tuple[AttentionBackend, bool]:
+    """Return the first backend that takes these inputs, and whether it is so for all of their kind.
+
+    It is, if those before it are not there or for another device: their own reasons may depend on
+    more than the kind.
+    """
+    at_once = True
+    for name in names:
+        backend = _present(name)
+        # The device first: on a CPU this is called often, and texts are slow to write.
+        if backend is None or not _on_device(backend, inputs):
+            continue
+        if not backend.not_supported_reasons(inputs):
+            return backend, at_once
+        at_once = False
     raise AttentionUnavailableError(
         f"no attention backend that 'auto' tries ({', '.join(AUTO)}) takes {inputs.describe()}. "
         f"{_all_reasons(inputs)}. See 'ipn doctor'."
     )
 
 
-def _usable(name: str, inputs: AttentionInputs) -> AttentionBackend | None:
-    """Return the backend of a name if it is there and takes these inputs."""
+def _present(name: str) -> AttentionBackend | None:
+    """Return the backend of a name if it is there and can be made."""
     if name not in get_registry().entries("attention"):
         return None
     try:
-        backend = get_backend(name)
+        return get_backend(name)
     except PluginError:
         return None
-    # The device first: on a CPU this is called often, and texts are slow to write.
-    if backend.devices is not None and inputs.q.device.type not in backend.devices:
-        return None
-    return None if backend.not_supported_reasons(inputs) else backend
+
+
+def _on_device(backend: AttentionBackend, inputs: AttentionInputs) -> bool:
+    return backend.devices is None or inputs.q.device.type in backend.devices
 
 
 def _all_reasons(inputs: AttentionInputs, but: str | None = None) -> str:

@@ -53,6 +53,7 @@ class Timing:
         reasons: why it was not timed, empty if it was.
         error: largest difference from double precision, of the result and of the gradients, each
             relative to the largest value; None if it never ran.
+        failed: whether it took the call and then broke, or gave something wrong.
         seconds: of one call, with all that `attend` does around it; a number a sample.
         peak_bytes: what a call holds at most beyond its inputs, None where nobody counts it.
     """
@@ -61,6 +62,7 @@ class Timing:
     backend: str
     reasons: tuple[str, ...] = ()
     error: float | None = None
+    failed: bool = False
     seconds: tuple[float, ...] = ()
     peak_bytes: int | None = None
 
@@ -111,12 +113,15 @@ class Trial:
                 self._exact = exact(self.inputs)
             error = largest_difference(results(self.inputs, name), self._exact)
         except (IPNError, RuntimeError) as failure:
-            return Timing(self.case, name, (" ".join(str(failure).split()),))
+            reasons = [" ".join(str(failure).split())]
+            full = isinstance(failure.__cause__ or failure, torch.OutOfMemoryError)
+            return Timing(self.case, name, tuple(reasons), failed=not full)
         limit = TOLERANCE[self.case.dtype]
         if error <= limit:
             return Timing(self.case, name, error=error)
         wrong = f"is off by {error:.2g}, more than {limit:g} of the largest"
-        return Timing(self.case, name, (wrong,), error if error < float("inf") else None)
+        known = error if error < float("inf") else None
+        return Timing(self.case, name, (wrong,), known, failed=True)
 
     def _too_large(self, name: str) -> list[str]:
         B, H, M, N = self.inputs.shape
@@ -140,20 +145,23 @@ class Trial:
         ones = torch.ones_like(call(inputs, name))
         return lambda: torch.autograd.grad(call(inputs, name), leaves, ones)
 
-    def time(self, seconds: float, also: Sequence[str] = ()) -> list[Timing]:
+    def time(
+        self, seconds: float, also: Sequence[str] = (), only: Sequence[str] | None = None
+    ) -> list[Timing]:
         """Time the backends that were found right, in turn.
 
         Args:
             seconds: about how long each is timed.
             also: further names to time with them, such as "auto".
+            only: of the backends, these; all by default.
 
         Returns:
-            A timing for each backend; those that were not timed have the reasons.
+            A timing for each of them; those that were not timed have the reasons.
         """
-        right = [name for name, timing in self.checked.items() if not timing.reasons]
-        tasks = {name: self.task(name) for name in (*right, *also)}
+        asked = [t for name, t in self.checked.items() if only is None or name in only]
+        timings = [*asked, *(Timing(self.case, name) for name in also)]
+        tasks = {t.backend: self.task(t.backend) for t in timings if not t.reasons}
         times = in_turn(tasks, self.device, seconds)
-        timings = [*self.checked.values(), *(Timing(self.case, name) for name in also)]
         return [
             replace(t, seconds=tuple(times[t.backend]), peak_bytes=self.peak(tasks[t.backend]))
             if t.backend in tasks
