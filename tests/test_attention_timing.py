@@ -66,7 +66,7 @@ def test_a_difference_counts_by_the_largest_value_and_nothing_hides_one() -> Non
 
 def timed(backend: str, median: float | None) -> Timing:
     seconds = (median,) * 5 if median else ()
-    return Timing(PLAIN, backend, () if median else ("cannot",), 0.0, seconds)
+    return Timing(PLAIN, backend, () if median else ("cannot",), 0.0, seconds=seconds)
 
 
 @pytest.mark.parametrize(
