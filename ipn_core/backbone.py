@@ -96,10 +96,9 @@ class Backbone(nn.Module):
         from transformers import AutoModelForCausalLM
 
         from ipn_core.importing import find_import
-        from ipn_core.locate import locate_weights
         from ipn_core.lora import peft_reasons
         from ipn_core.plugins import get_registry
-        from ipn_core.pretrained import load_pretrained, pickle_error, pickles_in, refuse_misfits
+        from ipn_core.pretrained import load_named
         from ipn_core.quantization import load_options
 
         if config.weights is None:
@@ -121,11 +120,7 @@ class Backbone(nn.Module):
                 )
             lm, source = imported.language_model(**options), imported.folder
         else:
-            source = locate_weights(config.weights, registry)
-            if isinstance(source, Path) and pickles_in(source):
-                raise pickle_error(what, "*.bin")
-            lm, misfits = load_pretrained(AutoModelForCausalLM, source, what, **options)
-            refuse_misfits(misfits.values(), lm, what)
+            lm, source = load_named(AutoModelForCausalLM, config.weights, what, registry, **options)
         backbone = cls(lm, load_tokenizer(source, what))
         if config.lora is not None:
             backbone.adapt(config.lora)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from ipn_core.config import IPNConfig
 from ipn_core.errors import CheckpointError, ConfigError, near
 from ipn_core.files import atomic_write
-from ipn_core.importing import Imported, find_import
+from ipn_core.importing import Imported, find_import, readers
 from ipn_core.locate import PICKLES, locate_model
 from ipn_core.plugins import Registry, get_registry
 
@@ -79,22 +80,22 @@ def save(
 
 def load(
     cls: type[Model],
-    source: str | Path,
+    source: str | Path | Source,
     *,
-    interact: str | None,
-    untrained: bool,
-    backbone: Backbone | None,
-    encoder: VisionEncoder | None,
-    registry: Registry | None,
+    interact: str | None = None,
+    untrained: bool = False,
+    backbone: Backbone | None = None,
+    encoder: VisionEncoder | None = None,
+    registry: Registry | None = None,
 ) -> Model:
-    """Load a model; see `IPN.from_pretrained`."""
+    """Load a model by name, or one that `open_source` has found; see `IPN.from_pretrained`."""
     registry = registry or get_registry()
-    found = open_source(source, registry)
+    found = source if isinstance(source, Source) else open_source(source, registry)
     chosen = interact or found.strategies[0]
     trained = chosen in found.strategies
     if not trained and not untrained:
         raise CheckpointError(
-            f"model '{source}' has no trained weights for interaction '{chosen}': it has "
+            f"model '{found.name}' has no trained weights for interaction '{chosen}': it has "
             f"{', '.join(found.strategies)}{near(chosen, found.strategies)}. Choose one of them, "
             "train it with 'ipn train', or pass --untrained."
         )
@@ -104,7 +105,7 @@ def load(
         registry.get("strategy", chosen)
         config = IPNConfig.resolve({**found.base(registry), "strategy": chosen}, registry, "config")
     model = cls.from_config(
-        config, backbone=backbone, encoder=encoder, registry=registry, name=str(source)
+        config, backbone=backbone, encoder=encoder, registry=registry, name=found.name
     )
     if trained:
         found.fill(model, chosen)
@@ -115,9 +116,11 @@ class Source(ABC):
     """Where a model comes from.
 
     Attributes:
+        name: what the user called it.
         strategies: those that it has weights for, the default one first.
     """
 
+    name: str
     strategies: tuple[str, ...]
 
     @abstractmethod
@@ -149,9 +152,10 @@ class Source(ABC):
 class _Folder(Source):
     """A model folder of ours."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folders = strategies_of(folder)
-        self.strategies = tuple(self._folders)
+    def __init__(self, name: str, folders: dict[str, Path]) -> None:
+        self.name = name
+        self._folders = folders
+        self.strategies = tuple(folders)
 
     def config(self, strategy: str, registry: Registry) -> IPNConfig:
         return read_config(self._folders[strategy])
@@ -164,10 +168,11 @@ class _Folder(Source):
 class _Import(Source):
     """A published checkpoint, through an importer."""
 
-    def __init__(self, imported: Imported, registry: Registry) -> None:
+    def __init__(self, imported: Imported) -> None:
+        self.name = imported.name
         self._imported = imported
-        self._config = imported.config(registry)
-        self.strategies = (self._config.strategy or imported.name.partition(":")[0],)
+        self._config = imported.config()
+        self.strategies = (self._config.strategy or imported.component.name,)
 
     def config(self, strategy: str, registry: Registry) -> IPNConfig:
         return self._config
@@ -187,12 +192,22 @@ def open_source(name: str | Path, registry: Registry) -> Source:
     """
     imported = find_import(name, registry)
     if imported is not None:
-        return _Import(imported, registry)
-    return _Folder(locate_model(name, registry))
+        return _Import(imported)
+
+    found = partial(strategies_of, name=str(name), registry=registry)
+    folder = locate_model(name, registry, check=found)
+    return _Folder(str(name), found(folder))
 
 
-def strategies_of(folder: Path) -> dict[str, Path]:
+def strategies_of(
+    folder: Path, name: str = "", registry: Registry | None = None
+) -> dict[str, Path]:
     """Return the checkpoints of a model folder by strategy, the default one first.
+
+    Args:
+        folder: of the model.
+        name: what the user called it, by default the folder.
+        registry: where the importers are looked up that could read it instead.
 
     Raises:
         CheckpointError: the folder is no model, its index is damaged, or it holds only pickles.
@@ -216,12 +231,7 @@ def strategies_of(folder: Path) -> dict[str, Path]:
     if (folder / CONFIG).is_file():
         content = _read_json(folder / CONFIG)
         if "architectures" in content:
-            held = content["architectures"]
-            names = ", ".join(map(str, held)) if isinstance(held, list) else str(held)
-            raise CheckpointError(
-                f"'{folder}' holds a language model ({names}), which is a backbone's weights and "
-                "cannot look at pictures by itself. Name it in a config as backbone.weights."
-            )
+            raise _foreign(name or str(folder), content, registry or get_registry())
         interact = content.get("interact")
         if isinstance(interact, dict):
             interact = interact.get("name")
@@ -235,6 +245,21 @@ def strategies_of(folder: Path) -> dict[str, Path]:
     raise CheckpointError(
         f"'{folder}' is no model of ours: it has neither {CONFIG} nor {INDEX}. Give a folder that "
         "'ipn train' wrote, or a name of 'ipn models list'."
+    )
+
+
+def _foreign(name: str, content: Mapping[str, Any], registry: Registry) -> CheckpointError:
+    """Return the refusal of a folder in the format of transformers, which says how to name it."""
+    held = content["architectures"]
+    what = ", ".join(map(str, held)) if isinstance(held, list) else str(held)
+    if found := readers(content.get("model_type"), registry):
+        return CheckpointError(
+            f"'{name}' holds a published model ({what}) in the format of transformers, which an "
+            f"importer reads: name it {' or '.join(repr(f'{one}:{name}') for one in found)}."
+        )
+    return CheckpointError(
+        f"'{name}' holds a model of transformers ({what}), and none of ours: no importer that is "
+        "installed reads it. A language model alone is named in a config as backbone.weights."
     )
 
 

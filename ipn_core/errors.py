@@ -113,10 +113,11 @@ def first_line(error: BaseException) -> str:
 
 def near(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the nearest known name, or an empty string."""
-    names = list(known)
-    begins = sorted(k for k in names if len(name) > 2 and k.startswith(name))
-    close = begins[:1] or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    folded = {k.casefold(): k for k in known}
+    wanted = name.casefold()
+    begins = sorted(k for k in folded if len(name) > 2 and k.startswith(wanted))
+    close = begins[:1] or difflib.get_close_matches(wanted, folded, n=1, cutoff=0.6)
+    return f" (did you mean '{folded[close[0]]}'?)" if close else ""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], see: str) -> UnknownNameError:

@@ -7,6 +7,7 @@ A plugin adds an importer with `registry.importer("llava", "module:Class")`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from abc import ABC, abstractmethod
@@ -20,17 +21,9 @@ import torch
 from torch import Tensor
 
 from ipn_core.config import IPNConfig
-from ipn_core.errors import CheckpointError, unknown_name
+from ipn_core.errors import CheckpointError, IPNError, UserError, unknown_name
 from ipn_core.locate import fetch_from_hub, locate_weights
-from ipn_core.pretrained import (
-    TensorFiles,
-    load_pretrained,
-    pickle_error,
-    pickles_in,
-    quiet,
-    read_config,
-    refuse_misfits,
-)
+from ipn_core.pretrained import TensorFiles, load_whole, quiet, read_config, refuse_pickles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,9 +31,9 @@ if TYPE_CHECKING:
     from ipn_core.model import IPN
     from ipn_core.plugins import Component, Registry
 
-__all__ = ["Imported", "Importer", "find_import"]
+__all__ = ["Imported", "Importer", "find_import", "readers"]
 
-_NAME = re.compile(r"([a-z][a-z0-9-]+):(.+)", re.DOTALL)
+_NAME = re.compile(r"([A-Za-z][\w-]+):(?!//)(.*)", re.DOTALL)
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _TEXT_PART = {
     r"^(?:model\.)?language_model\.(?=model\.|lm_head\.)": "",
@@ -101,7 +94,7 @@ class Importer(ABC):
                 "language model. Import a checkpoint on LLaMA, Vicuna or OPT."
             )
         with quiet():
-            lm, misfits = load_pretrained(
+            lm: PreTrainedModel = load_whole(
                 MODEL_FOR_CAUSAL_LM_MAPPING[type(config)],
                 folder,
                 what,
@@ -109,9 +102,7 @@ class Importer(ABC):
                 dtype=dtype,
                 key_mapping=_TEXT_PART,
             )
-        refuse_misfits(misfits.values(), lm, what)
-        loaded: PreTrainedModel = lm
-        return loaded
+        return lm
 
 
 @dataclass(frozen=True)
@@ -124,6 +115,7 @@ class Imported:
         folder: where the files lie.
         importer: what reads them.
         component: under which the importer is registered.
+        registry: where it was looked up.
     """
 
     name: str
@@ -131,6 +123,7 @@ class Imported:
     folder: Path
     importer: Importer
     component: Component
+    registry: Registry
 
     @cached_property
     def whole(self) -> Any:
@@ -139,18 +132,19 @@ class Imported:
         Raises:
             CheckpointError: it is of another one, unreadable, or its weights are pickled.
         """
-        if pickles_in(self.folder):
-            raise pickle_error(f"the weights '{self.name}'", "*.bin")
+        refuse_pickles(self.folder, f"the weights '{self.name}'")
         config = read_config(self.folder, f"the weights '{self.name}'")
         if config.model_type not in self.importer.MODEL_TYPES:
+            others = readers(config.model_type, self.registry)
+            named = " or ".join(f"'{other}:{self.source}'" for other in others)
             raise CheckpointError(
                 f"'{self.name}': '{self.source}' holds a model of type '{config.model_type}', "
-                f"not {' or '.join(self.importer.MODEL_TYPES)}. Choose the importer of that type "
-                "(see 'ipn plugins')."
+                f"which {self.component.name} does not read. "
+                f"{named or 'No importer that is installed'} does."
             )
         return config
 
-    def config(self, registry: Registry) -> IPNConfig:
+    def config(self) -> IPNConfig:
         """Return the config of the model that it becomes.
 
         Raises:
@@ -159,7 +153,7 @@ class Imported:
         whole = self.whole
         with self.component.running("config"):
             values = self.importer.config(whole, self.name, self.source, self.folder)
-        return IPNConfig.resolve(values, registry, f"the config of '{self.name}'")
+        return IPNConfig.resolve(values, self.registry, f"the config of '{self.name}'")
 
     def state(self, model: IPN) -> dict[str, Tensor]:
         """Return the weights of a model that was made from the config; slots add nothing.
@@ -190,6 +184,7 @@ def find_import(name: str | Path, registry: Registry) -> Imported | None:
     """Find what `importer:source` names, fetching from the hub; None for any other name.
 
     Raises:
+        UserError: nothing stands after the colon.
         UnknownNameError: there is no such importer, folder or hub id.
         DownloadError: the hub cannot be reached.
     """
@@ -200,10 +195,25 @@ def find_import(name: str | Path, registry: Registry) -> Imported | None:
     known = registry.entries("importer")
     if prefix not in known:
         raise unknown_name("importer", prefix, known, "ipn plugins")
+    if not source:
+        raise UserError(
+            f"'{name}' names no checkpoint: give a folder or a hub id after the colon, such as "
+            f"'{prefix}:owner/name'."
+        )
     place = locate_weights(source, registry)
     if isinstance(place, str):
         place = fetch_from_hub(place, _FILES, f"the weights '{name}'")
     target: Any = known[prefix].load()
     with known[prefix].building():
         importer: Importer = target()
-    return Imported(str(name), source, place, importer, known[prefix])
+    return Imported(str(name), source, place, importer, known[prefix], registry)
+
+
+def readers(model_type: object, registry: Registry) -> list[str]:
+    """Return the importers that read checkpoints of a transformers `model_type`."""
+    found = []
+    for name, component in sorted(registry.entries("importer").items()):
+        with contextlib.suppress(IPNError):  # one that cannot be imported reads nothing
+            if model_type in component.load().MODEL_TYPES:
+                found.append(name)
+    return found

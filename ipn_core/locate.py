@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ipn_core.errors import (
@@ -53,8 +53,18 @@ def locate_weights(name: str, registry: Registry | None = None) -> Path | str:
     )
 
 
-def locate_model(name: str | Path, registry: Registry | None = None) -> Path:
+def locate_model(
+    name: str | Path,
+    registry: Registry | None = None,
+    check: Callable[[Path], object] = lambda folder: None,
+) -> Path:
     """Find a checkpoint folder of ours by known name, folder or hub id.
+
+    Args:
+        name: one of these.
+        registry: where known names are looked up.
+        check: is called with a folder from the hub before its weights are fetched; what it raises
+            is handed on.
 
     Raises:
         UnknownNameError: it is none of these, or the hub has no such repository.
@@ -64,13 +74,17 @@ def locate_model(name: str | Path, registry: Registry | None = None) -> Path:
     registry = registry or get_registry()
     found = _find(name, registry)
     if isinstance(found, str):
-        return fetch_from_hub(found, ["*.json", "*.safetensors", "*.md"], f"model '{found}'")
+        what, light = f"model '{found}'", ["*.json", "*.md"]
+        check(fetch_from_hub(found, light, what))
+        return fetch_from_hub(found, [*light, "*.safetensors"], what)
     if found is not None:
         return found
     known = registry.entries("weights")
     raise UnknownNameError(
         f"unknown model '{name}': known are {', '.join(sorted(known)) or 'none'}"
-        f"{near(str(name), known)}, or give a checkpoint folder. See 'ipn models list'."
+        f"{near(str(name), known)}, or give a checkpoint folder, or a published checkpoint as "
+        f"IMPORTER:SOURCE ({', '.join(sorted(registry.entries('importer'))) or 'none installed'}). "
+        "See 'ipn models list'."
     )
 
 

@@ -174,10 +174,11 @@ class IPN(nn.Module):
         encoder: VisionEncoder | None = None,
         registry: Registry | None = None,
     ) -> Self:
-        """Load a model by name, folder or hub id.
+        """Load a model by name, folder, hub id, or `importer:source`.
 
         Args:
-            source: a name of `ipn models list`, a checkpoint folder, or a hub id.
+            source: a name of `ipn models list`, a checkpoint folder, a hub id, or a published
+                checkpoint, such as `llava:llava-hf/llava-1.5-7b-hf`.
             interact: which of its strategies; by default the one it names first.
             untrained: build `interact` with new weights when there are none for it.
             backbone: a ready one to share among models.

@@ -7,23 +7,27 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ipn_core.errors import CheckpointError, IPNError, first_line
-from ipn_core.locate import hub_error
+from ipn_core.locate import hub_error, locate_weights
+
+if TYPE_CHECKING:
+    from ipn_core.plugins import Registry
 
 __all__ = [
     "TensorFiles",
     "load_error",
+    "load_named",
     "load_pretrained",
-    "pickle_error",
-    "pickles_in",
+    "load_whole",
     "quiet",
     "read_config",
     "refuse_misfits",
+    "refuse_pickles",
 ]
 
 SHOWN = 6
@@ -69,6 +73,43 @@ def load_pretrained(
     return model, misfits
 
 
+def load_whole(cls: Any, source: Path | str, what: str, **options: Any) -> Any:
+    """Load a model with transformers, every tensor of it; see `load_pretrained`.
+
+    Raises:
+        CheckpointError: the weights leave tensors at random; these are named.
+    """
+    model, misfits = load_pretrained(cls, source, what, **options)
+    refuse_misfits(misfits.values(), model, what)
+    return model
+
+
+def load_named(
+    cls: Any, name: str, what: str, registry: Registry | None = None, **options: Any
+) -> tuple[Any, Path | str]:
+    """Load a model with transformers by a known name, a folder or a hub id.
+
+    Args:
+        cls: a model's class or an `AutoModel…`.
+        name: of the weights.
+        what: names them in errors, such as "the weights 'smollm2'".
+        registry: where known names are looked up.
+        options: further arguments of `from_pretrained`.
+
+    Returns:
+        The model, and where it came from: a folder or a hub id.
+
+    Raises:
+        CheckpointError: files are missing, damaged or pickled, or leave tensors at random.
+        UnknownNameError: there is nothing of that name.
+        DownloadError: they could not be fetched.
+    """
+    source = locate_weights(name, registry)
+    if isinstance(source, Path):
+        refuse_pickles(source, what)
+    return load_whole(cls, source, what, **options), source
+
+
 def read_config(folder: Path, what: str) -> Any:
     """Read the config of weights in the format of transformers.
 
@@ -81,6 +122,11 @@ def read_config(folder: Path, what: str) -> Any:
     """
     from transformers import AutoConfig
 
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{what} have no config.json: there is none in '{folder}'. Give the folder of a "
+            "checkpoint in the format of transformers, or its hub id."
+        )
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
@@ -134,19 +180,18 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def pickles_in(folder: Path) -> list[str]:
-    """Return the names of a folder's pickled weights, if it has no others."""
-    if any(folder.glob("*.safetensors")):
-        return []
-    return sorted(path.name for path in folder.glob("*.bin"))
+def refuse_pickles(folder: Path, what: str) -> None:
+    """Refuse a folder whose weights are pickled; pickles beside safetensors are never read.
 
-
-def pickle_error(what: str, files: str) -> CheckpointError:
-    """Return the refusal of pickled weights."""
-    return CheckpointError(
-        f"{what} are pickled ({files}), which can run code when loaded: refused. Convert them to "
-        "safetensors first."
-    )
+    Raises:
+        CheckpointError: they are.
+    """
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{what} are pickled ({', '.join(pickles)}), which can run code when loaded: refused. "
+            "Convert them to safetensors first."
+        )
 
 
 class TensorFiles(Mapping[str, Tensor]):

@@ -111,7 +111,7 @@ def pull(name: str) -> None:
 
 
 def load_model(model: str, interact: str | None, untrained: bool) -> IPN:
-    """Load a model by name, folder or hub id.
+    """Load a model by name, folder, hub id, or `importer:source`.
 
     Args:
         model: what the user called it.
@@ -128,7 +128,7 @@ def load_model(model: str, interact: str | None, untrained: bool) -> IPN:
     known = registry.entries("weights")
     if model in known:
         pull(model)
-    from ipn_core.checkpoint import open_source
+    from ipn_core.checkpoint import load, open_source
     from ipn_core.model import IPN
 
     source = open_source(model, registry)
@@ -138,7 +138,7 @@ def load_model(model: str, interact: str | None, untrained: bool) -> IPN:
         needed = source.config(str(chosen), registry)
         if needed.backbone.weights in known:
             pull(str(needed.backbone.weights))
-    loaded = IPN.from_pretrained(model, interact=interact, untrained=untrained, registry=registry)
+    loaded = load(IPN, source, interact=interact, untrained=untrained, registry=registry)
     if not trained:
         note(
             f"model '{model}' has no trained weights for interaction '{interact}': it starts from "

@@ -21,7 +21,10 @@ Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON ob
 Model: TypeAlias = Annotated[
     str,
     typer.Option(
-        "--model", "-m", metavar="NAME|PATH", help="A name of 'ipn models', a folder or a hub id."
+        "--model",
+        "-m",
+        metavar="NAME|PATH",
+        help="A name of 'ipn models', a folder, a hub id, or a published checkpoint as llava:ID.",
     ),
 ]
 Interact: TypeAlias = Annotated[

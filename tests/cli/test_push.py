@@ -75,15 +75,20 @@ def test_a_pushed_model_is_loaded_again(
     files = {"config.json", "model.safetensors", "eval-new.json"}
     assert there == {*files, "README.md", "train.json"}
 
+    wanted: list[list[str]] = []
+
     def fetched(name: str, allow_patterns: list[str]) -> str:
-        folder = hub.folder / name
-        assert all(any(path.match(p) for p in allow_patterns) for path in folder.iterdir())
-        return str(folder)
+        wanted.append(allow_patterns)
+        return str(hub.folder / name)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
     again, mine = IPN.from_pretrained("me/asks"), IPN.from_pretrained(trained)
     weights = mine.trained_state()
     assert weights
+    # Its weights once it is known to be one of ours.
+    assert [any(Path("x.safetensors").match(p) for p in some) for some in wanted] == [False, True]
+    for path in (hub.folder / "me/asks").iterdir():
+        assert any(path.match(p) for p in wanted[-1])
     assert all(bool((v == weights[k]).all()) for k, v in again.trained_state().items())
 
 

@@ -176,7 +176,9 @@ def test_other_forms_are_refused_by_name(
 def test_a_checkpoint_of_another_model_is_refused(llava: Any, tmp_path: Path) -> None:
     config = json.loads((llava[0] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config["text_config"]}))
-    with pytest.raises(CheckpointError, match="holds a model of type 'llama', not llava"):
+    with pytest.raises(
+        CheckpointError, match="holds a model of type 'llama', which llava does not"
+    ):
         IPN.from_pretrained(f"llava:{tmp_path}")
 
 

@@ -14,13 +14,7 @@ from torch import Tensor
 from ipn_core.backbone import load_tokenizer
 from ipn_core.errors import CheckpointError
 from ipn_core.importing import Importer
-from ipn_core.pretrained import (
-    TensorFiles,
-    load_pretrained,
-    quiet,
-    read_config,
-    refuse_misfits,
-)
+from ipn_core.pretrained import TensorFiles, load_whole, quiet, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,10 +125,7 @@ class Idefics(Importer):
         )
         config = LlamaConfig(**{key: getattr(whole, key) for key in shared.split()})
         with quiet():
-            lm, misfits = load_pretrained(
-                LlamaForCausalLM, folder, what, config=config, dtype=dtype
-            )
-        refuse_misfits(misfits.values(), lm, what)
+            lm = load_whole(LlamaForCausalLM, folder, what, config=config, dtype=dtype)
         if whole.additional_vocab_size:
             _append(lm, TensorFiles(folder), whole.additional_vocab_size, what)
         ids = load_tokenizer(folder, what).get_vocab()

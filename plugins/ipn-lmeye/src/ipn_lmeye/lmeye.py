@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -14,14 +13,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ipn_core.config import Config
 from ipn_core.features import VisualFeatures
-from ipn_core.locate import locate_weights
-from ipn_core.pretrained import (
-    load_pretrained,
-    pickle_error,
-    pickles_in,
-    quiet,
-    refuse_misfits,
-)
+from ipn_core.pretrained import load_named, quiet
 from ipn_core.stages import Dims, Interaction, Request, VisualMessage
 
 __all__ = ["LMEye", "LMEyeConfig"]
@@ -134,14 +126,8 @@ class LMEye(Interaction):
 
 def _load(weights: str) -> Any:
     what = f"the CLIP text encoder '{weights}'"
-    source = locate_weights(weights)
-    if isinstance(source, Path) and (pickles := pickles_in(source)):
-        raise pickle_error(what, ", ".join(pickles))
     with quiet():
-        clip, misfits = load_pretrained(
-            CLIPTextModelWithProjection, source, what, dtype=torch.float32
-        )
-    refuse_misfits(misfits.values(), clip, what)
+        clip, _ = load_named(CLIPTextModelWithProjection, weights, what, dtype=torch.float32)
     return clip
 
 

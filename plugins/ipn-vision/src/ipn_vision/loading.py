@@ -15,11 +15,10 @@ from ipn_core.pretrained import (
     TensorFiles,
     load_error,
     load_pretrained,
-    pickle_error,
-    pickles_in,
     quiet,
     read_config,
     refuse_misfits,
+    refuse_pickles,
 )
 
 __all__ = ["TOWERS", "fetch", "load_tower", "named_tower"]
@@ -108,8 +107,7 @@ def _class_of(config: Any, folder: Path) -> Any:
 
 def _load(cls: Any, folder: Path, config: Any, dtype: Any) -> Any:
     what = f"the vision weights in '{folder}'"
-    if pickles := pickles_in(folder):
-        raise pickle_error(what, ", ".join(pickles))
+    refuse_pickles(folder, what)
     options = {"config": config, "dtype": dtype}
     tower, misfits = load_pretrained(cls, folder, what, **options)
     try:
