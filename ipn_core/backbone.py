@@ -364,12 +364,13 @@ class Backbone(nn.Module):
             )
 
 
-def load_tokenizer(source: Path | str, what: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: Path | str, what: str, inner: str = "") -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside some weights.
 
     Args:
         source: a folder or a hub id.
         what: names the weights in errors, such as "the weights 'smollm2'".
+        inner: the folder in it where the tokenizer's files lie.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -380,13 +381,13 @@ def load_tokenizer(source: Path | str, what: str) -> PreTrainedTokenizerBase:
     from ipn_core.locate import hub_error
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, subfolder=inner)
         return tokenizer
     except Exception as error:
         found = hub_error(what, error) if isinstance(source, str) else None
         why = " ".join(str(error).split()).rstrip(".")
-        if isinstance(source, Path) and not any(source.glob("*token*")):
-            why = f"there is none in '{source}'"
+        if isinstance(source, Path) and not any((source / inner).glob("*token*")):
+            why = f"there is none in '{source / inner}'"
         raise found or CheckpointError(
             f"the tokenizer of {what} cannot be loaded: {why}. Put the files beside the weights "
             "that its save_pretrained writes, such as tokenizer.json."

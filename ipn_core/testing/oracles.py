@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import shutil
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "assert_same",
+    "bert_tokenizer",
     "llama_tokenizer",
     "prompt_logits",
     "randomise",
     "record_oracle",
+    "rename_tensors",
     "tokenizer_with",
 ]
 
@@ -88,6 +92,29 @@ def record_oracle(
     record_property("oracle", f"{strategy} | {original} | {difference:.2e}")
 
 
+def rename_tensors(folder: Path, target: Path, rules: Sequence[tuple[str, str]]) -> None:
+    """Copy a checkpoint of one file with its tensors renamed, as another version had them.
+
+    Args:
+        folder: of the checkpoint.
+        target: is made.
+        rules: regular expressions and what replaces them; of each name the first that is in it.
+
+    Raises:
+        AssertionError: a rule fits no name.
+    """
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    used, renamed = set(), {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        rule = next((rule for rule in rules if re.search(rule[0], name)), ("$", ""))
+        used.add(rule)
+        renamed[re.sub(*rule, name, count=1)] = tensor
+    assert used >= set(rules), f"no name for {set(rules) - used}"
+    save_file(renamed, target / "model.safetensors", metadata={"format": "pt"})
+
+
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0, scale: float = 0.2) -> None:
     """Add noise to every parameter: what starts at zero or one would hide a mistake."""
@@ -119,6 +146,18 @@ def llama_tokenizer(*specials: str, bos: str = "<s>", pad: str = "<pad>") -> Any
     )
     tokenizer.add_special_tokens({"pad_token": pad, "additional_special_tokens": list(specials)})
     return tokenizer
+
+
+def bert_tokenizer() -> Any:
+    """Return a tokenizer of characters that treats texts as BERT's uncased one does.
+
+    It cuts long texts on the left, as that of InstructBLIP's Q-Former does.
+    """
+    from transformers import BertTokenizer
+
+    letters = string.ascii_lowercase + string.digits + "?,.'"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    return BertTokenizer({word: i for i, word in enumerate(words)}, truncation_side="left")
 
 
 def tokenizer_with(folder: Path, *specials: str, chat: bool = False) -> PreTrainedTokenizerBase:

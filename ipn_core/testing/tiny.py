@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ipn_core.backbone import Backbone
 
-__all__ = ["TinyEncoder", "TinyEncoderConfig", "tiny_backbone", "tiny_tokenizer"]
+__all__ = ["TinyEncoder", "TinyEncoderConfig", "tiny_backbone", "tiny_picture", "tiny_tokenizer"]
 
 Family = Literal["llama", "llama-gqa", "vicuna", "opt", "opt-projected"]
 
@@ -31,6 +31,21 @@ CHATML = (
     "message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+
+def tiny_picture(seed: int = 0, size: tuple[int, int] = (24, 24)) -> Image.Image:
+    """Return a picture of noise, always the same for the same seed.
+
+    Args:
+        seed: of the noise.
+        size: width and height in pixels.
+    """
+    from PIL import Image
+
+    width, height = size
+    noise = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=noise)
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
 
 
 @cache

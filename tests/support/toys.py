@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 
 import ipn_core.testing.plugin
@@ -15,7 +14,7 @@ from ipn_core.plugins import Registry, add_plugin, discover
 from ipn_core.prompt import Prompt
 from ipn_core.stages import Connector
 from ipn_core.tasks import Picture
-from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
+from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone, tiny_picture
 
 FAMILIES = ("llama", "llama-gqa", "vicuna", "opt", "opt-projected")
 K = 3
@@ -101,12 +100,8 @@ def toy_model(
     return model
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (24, 24)) -> Image.Image:
-    """Noise; the grid of `TinyEncoder` follows the proportions."""
-    noise = torch.randint(
-        0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed)
-    )
-    return Image.fromarray(noise.to(torch.uint8).numpy())
+picture = tiny_picture
+"""The grid of `TinyEncoder` follows its proportions."""
 
 
 SIZES = ((24, 24), (48, 24), (24, 48))

@@ -12,6 +12,7 @@ from ipn_core.stages import EncodedImage, VisionEncoder
 from ipn_core.testing.contracts.clause import clause, same
 from ipn_core.testing.contracts.component import ComponentContract
 from ipn_core.testing.contracts.module import TIGHT
+from ipn_core.testing.tiny import tiny_picture
 
 __all__ = ["EncoderContract"]
 
@@ -35,12 +36,7 @@ class EncoderContract(ComponentContract):
 
     def pictures(self) -> list[Image.Image]:
         """Pictures of noise, of several proportions."""
-        found = []
-        for number, (width, height) in enumerate(SIZES):
-            generator = torch.Generator().manual_seed(number)
-            pixels = torch.randint(0, 256, (height, width, 3), generator=generator)
-            found.append(Image.fromarray(pixels.to(torch.uint8).numpy()))
-        return found
+        return [tiny_picture(number, size) for number, size in enumerate(SIZES)]
 
     @torch.no_grad()
     def encode(self, encoder: VisionEncoder, pictures: Sequence[Any]) -> list[EncodedImage]:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from ipn_gated_xattn.block import GatedBlock, GatedXattnConfig
 from ipn_gated_xattn.importing import blocks_from_idefics
-from PIL import Image
 from transformers import IdeficsConfig
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 
@@ -18,7 +17,7 @@ from ipn_core.model import IPN
 from ipn_core.prompt import Prompt
 from ipn_core.testing.contracts import InjectorContract
 from ipn_core.testing.oracles import prompt_logits, randomise
-from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
+from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone, tiny_picture
 from ipn_core.training.checks import awake, check_gradients
 from ipn_core.training.parameters import trainable
 
@@ -46,7 +45,7 @@ class TestGatedXattn(InjectorContract):
             differs = (one - two).abs().amax(-1) > 1e-5
             assert torch.equal(differs, context.pictures == changed + 1)
 
-    def test_a_global_token_is_a_part_of_its_picture(self) -> None:
+    def test_a_global_token_is_a_part_of_its_tiny_picture(self) -> None:
         module, inputs = self.build(), self.inputs()
         features = inputs.between.features
         tokens = torch.randn(len(features.images), features.values.shape[1])
@@ -136,14 +135,9 @@ def fresh(family: Any = "llama", **more: Any) -> IPN:
     )
 
 
-def picture(seed: int) -> Image.Image:
-    noise = torch.randint(0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(noise.to(torch.uint8).numpy())
-
-
 ASKED = [
-    Prompt.user("What?", picture(0), " And then?", picture(1)),
-    Prompt.user(picture(2), "Who?"),
+    Prompt.user("What?", tiny_picture(0), " And then?", tiny_picture(1)),
+    Prompt.user(tiny_picture(2), "Who?"),
     Prompt.user("Nothing to see?"),
 ]
 
@@ -196,7 +190,7 @@ def test_a_batch_gives_what_each_alone_gives() -> None:
 def test_another_picture_gives_another_answer() -> None:
     model = fresh()
     randomise(model.injector)
-    answers = {model.ask(picture(i), "What?", max_new_tokens=8).ids for i in range(3)}
+    answers = {model.ask(tiny_picture(i), "What?", max_new_tokens=8).ids for i in range(3)}
     assert len(answers) > 1
 
 

@@ -25,6 +25,7 @@ from ipn_core.testing.oracles import (
     record_oracle,
     tokenizer_with,
 )
+from ipn_core.testing.tiny import tiny_picture
 
 SIDE, PATCH = 16, 4
 FAKE, IMAGE, END = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
@@ -140,8 +141,7 @@ def imported(saved: Any) -> Any:
 
 
 def picture(seed: int) -> Image.Image:
-    noise = torch.randint(0, 256, (20, 28, 3), generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(noise.to(torch.uint8).numpy())
+    return tiny_picture(seed, (28, 20))
 
 
 ONE, TWO, THREE = (picture(seed) for seed in range(3))

@@ -20,7 +20,7 @@ from ipn_core.prompt import Prompt
 from ipn_core.stages import Dims, InjectContext, Request
 from ipn_core.testing.contracts import InteractionContract
 from ipn_core.testing.oracles import assert_same, record_oracle
-from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
+from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone, tiny_picture
 from ipn_core.training.checks import check_gradients
 from ipn_core.training.parameters import choose
 
@@ -166,8 +166,7 @@ def test_the_injector_adds_one_linear_map_to_the_slots() -> None:
 
 
 def picture() -> Image.Image:
-    noise = torch.randint(0, 256, (24, 48, 3), generator=torch.Generator().manual_seed(5))
-    return Image.fromarray(noise.to(torch.uint8).numpy())
+    return tiny_picture(5, (48, 24))
 
 
 def assemble(**interact: Any) -> IPN:

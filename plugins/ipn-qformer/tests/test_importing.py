@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from PIL import Image
 from tokenizers import processors
 from transformers import (
-    BertTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
@@ -29,16 +27,17 @@ from ipn_core.plan import ImageSlot, Tokens
 from ipn_core.prompt import Prompt
 from ipn_core.testing.oracles import (
     assert_same,
+    bert_tokenizer,
     llama_tokenizer,
     prompt_logits,
     randomise,
     record_oracle,
+    rename_tensors,
 )
-from ipn_core.testing.tiny import tiny_tokenizer
+from ipn_core.testing.tiny import tiny_picture, tiny_tokenizer
 from ipn_core.training.features import FeatureCache
 
 SIDE, PATCH, S = 16, 4, 3
-LETTERS = string.ascii_letters + string.digits + "?,.'"
 QUESTIONS = ["What?", "Where is the dog, if there is one?", "Who is it?"]
 
 
@@ -88,13 +87,6 @@ def opt_tokenizer() -> Any:
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
     return tokenizer
-
-
-def bert_tokenizer() -> Any:
-    letters = LETTERS.lower()
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
-    words = list(dict.fromkeys(words))
-    return BertTokenizer({word: i for i, word in enumerate(words)}, truncation_side="left")
 
 
 def text_config(kind: str, tokenizer: Any) -> dict[str, Any]:
@@ -166,8 +158,7 @@ def ours(original: Original) -> IPN:
 
 
 def picture(seed: int) -> Image.Image:
-    noise = torch.randint(0, 256, (20, 28, 3), generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(noise.to(torch.uint8).numpy())
+    return tiny_picture(seed, (28, 20))
 
 
 ASKED = [
@@ -253,6 +244,21 @@ def test_several_shards_hold_the_same(original: Original, ours: IPN, tmp_path: P
     several = IPN.from_pretrained(f"{original.name}:{tmp_path}")
     prompt = [Prompt.ask(QUESTIONS[0], [picture(1)])]
     assert torch.equal(prompt_logits(ours, prompt)[0], prompt_logits(several, prompt)[0])
+
+
+NEWER = [
+    (r"^(vision_model|qformer|query_tokens|language_projection)", r"model.\1"),
+    (r"^language_model\.model\.", "model.language_model."),
+]
+"""The names that the classes of transformers have had since 4.52, and it does not write."""
+
+
+def test_other_versions_names_are_read(original: Original, ours: IPN, tmp_path: Path) -> None:
+    head = [] if original.name == "blip2" else [(r"^language_model\.lm_head", "lm_head")]
+    rename_tensors(original.folder, tmp_path / "newer", [*NEWER, *head])
+    other = IPN.from_pretrained(f"{original.name}:{tmp_path / 'newer'}")
+    prompt = [Prompt.ask(QUESTIONS[0], [picture(1)])]
+    assert torch.equal(prompt_logits(ours, prompt)[0], prompt_logits(other, prompt)[0])
 
 
 def test_it_is_saved_and_loaded_as_any_model(original: Original, ours: IPN, tmp_path: Path) -> None:

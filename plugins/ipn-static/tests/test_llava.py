@@ -27,7 +27,9 @@ from ipn_core.testing.oracles import (
     prompt_logits,
     randomise,
     record_oracle,
+    rename_tensors,
 )
+from ipn_core.testing.tiny import tiny_picture
 from ipn_core.training.run import train
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "swap.yaml"
@@ -86,8 +88,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
 
 
 def picture(seed: int) -> Image.Image:
-    noise = torch.randint(0, 256, (20, 28, 3), generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(noise.to(torch.uint8).numpy())
+    return tiny_picture(seed, (28, 20))
 
 
 def original(llava: Any, question: str, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
@@ -132,6 +133,27 @@ def test_several_shards_hold_the_same(llava: Any, tmp_path: Path) -> None:
     one, several = (IPN.from_pretrained(f"llava:{f}") for f in (llava[0], tmp_path))
     prompt = [Prompt.ask("What?", [picture(1)])]
     assert torch.equal(prompt_logits(one, prompt)[0], prompt_logits(several, prompt)[0])
+
+
+LAYOUTS = {
+    "published": [(r"^vision_tower\.", "vision_tower.vision_model.")],
+    "newer": [
+        (r"^vision_tower\.", "model.vision_tower.vision_model."),
+        (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+        (r"^language_model\.lm_head", "lm_head"),
+        (r"^language_model\.model\.", "model.language_model."),
+    ],
+}
+"""Names that this transformers reads and does not write: those of llava-hf/llava-1.5-7b-hf, and
+those that its classes have had since 4.52."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_versions_names_are_read(llava: Any, tmp_path: Path, layout: str) -> None:
+    rename_tensors(llava[0], tmp_path / layout, LAYOUTS[layout])
+    prompt = [Prompt.ask("What?", [picture(1)])]
+    one, other = (IPN.from_pretrained(f"llava:{f}") for f in (llava[0], tmp_path / layout))
+    assert torch.equal(prompt_logits(one, prompt)[0], prompt_logits(other, prompt)[0])
 
 
 def test_what_was_imported_is_saved_and_loaded_as_any_model(llava: Any, tmp_path: Path) -> None:

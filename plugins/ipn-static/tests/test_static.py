@@ -19,7 +19,7 @@ from ipn_core.plugins import get_registry
 from ipn_core.prompt import Prompt
 from ipn_core.stages import PerceiveContext
 from ipn_core.testing.contracts import ConnectorContract
-from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
+from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone, tiny_picture
 
 NOTHING = PerceiveContext([], [])
 
@@ -44,9 +44,7 @@ def build(family: Any = "llama", **perceive: Any) -> IPN:
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    noise = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (height, width, 3), generator=noise)
-    return Image.fromarray(pixels.to(torch.uint8).numpy())
+    return tiny_picture(seed, (width, height))
 
 
 @pytest.mark.parametrize(

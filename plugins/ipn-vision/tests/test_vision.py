@@ -21,7 +21,7 @@ from ipn_core.model import IPN
 from ipn_core.plugins import get_registry
 from ipn_core.stages import PerceiveContext
 from ipn_core.testing.contracts import EncoderContract
-from ipn_core.testing.tiny import tiny_backbone
+from ipn_core.testing.tiny import tiny_backbone, tiny_picture
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -182,9 +182,7 @@ def tower(folder: Path | str, **options: Any) -> VisionTower:
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    noise = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (height, width, 3), generator=noise)
-    return Image.fromarray(pixels.to(torch.uint8).numpy())
+    return tiny_picture(seed, (width, height))
 
 
 PICTURES = [picture(40, 40), picture(60, 30, 1), picture(32, 64, 2)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ipn_core.attention import attend
+from ipn_core.backbone import load_tokenizer
 from ipn_core.config import Config
 from ipn_core.features import VisualFeatures
 from ipn_core.locate import locate_weights
-from ipn_core.pretrained import load_error
 from ipn_core.stages import Connector, Dims, PerceiveContext, VisionEncoder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["NORM_EPS", "InstructionConfig", "QFormer", "QFormerConfig"]
 
@@ -108,7 +105,10 @@ class QFormer(Connector):
         super().__init__(config, dims, encoder)
         width, read = config.width, config.instruction
         self.queries = nn.Parameter(INIT_STD * torch.randn(config.queries, width))
-        self.tokenizer = None if read is None else _load_tokenizer(read)
+        self.tokenizer = None
+        if read is not None:
+            source, what = locate_weights(read.tokenizer), f"the Q-Former ('{read.tokenizer}')"
+            self.tokenizer = load_tokenizer(source, what, read.subfolder)
         self.words = self.positions = None
         if read is not None:
             self.words = nn.Embedding(read.vocabulary or len(self.tokenizer or ()), width)
@@ -275,16 +275,3 @@ def _initialise(module: nn.Module) -> None:
         module.weight.normal_(std=INIT_STD)
     if isinstance(module, nn.Linear):
         module.bias.zero_()
-
-
-def _load_tokenizer(read: InstructionConfig) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    source = locate_weights(read.tokenizer)
-    where = {"subfolder": read.subfolder} if read.subfolder else {}
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **where)
-    except Exception as error:
-        named = "/".join(part for part in (read.tokenizer, read.subfolder) if part)
-        raise load_error(source, f"the Q-Former's tokenizer '{named}'", error) from error
-    return tokenizer
