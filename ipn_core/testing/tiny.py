@@ -161,7 +161,7 @@ class TinyEncoder(VisionEncoder):
             columns = max(1, round(side * image.width / image.height))
             small = image.resize((columns * 4, side * 4))
             pixels = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255).permute(2, 0, 1)
-            values = self.patch(pixels[None].to(self.patch.weight.device))[0]
+            values = self.patch(pixels[None].to(self.patch.weight))[0]
             found.append(EncodedImage(values.flatten(1).T, (side, columns), values.mean((1, 2))))
             self.encoded += 1
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,8 +88,32 @@ class Unsure(TinyEncoder):
         return f"at {id(self)} {torch.rand(())}"
 
 
+class Float(TinyEncoder):
+    def encode(self, images: Any) -> Any:
+        return [replace(one, values=one.values.float()) for one in super().encode(images)]
+
+
+class Noisy(TinyEncoder):
+    def encode(self, images: Any) -> Any:
+        found = super().encode(images)
+        return [replace(one, values=one.values + torch.rand(())) for one in found]
+
+
+class Forgets(TinyEncoder):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.offset = float(torch.randn(()))
+
+    def encode(self, images: Any) -> Any:
+        found = super().encode(images)
+        return [replace(one, values=one.values + self.offset) for one in found]
+
+
 ENCODERS = {
-    Short: ("test_shapes", "2 for 3 pictures"),
+    Short: ("test_shape_and_dtype", "2 for 3 pictures"),
+    Float: ("test_shape_and_dtype", "values are torch.float32, not torch.bfloat16"),
+    Noisy: ("test_eval_mode_is_deterministic", "two calls in eval mode differ"),
+    Forgets: ("test_state_dict_round_trip", "differ by"),
     Batchy: ("test_pictures_do_not_mix", "differ by"),
     Blind: ("test_the_picture_decides", "both are equal"),
     Unsure: ("test_its_fingerprint", "then 'at"),
@@ -139,6 +164,17 @@ def single(self: Any, last: Any) -> Any:
     return self.lm.get_output_embeddings()(last)
 
 
+def blended(self: Any, embeds: Any, *arguments: Any, **options: Any) -> Any:
+    return tiny_extend(self, embeds + embeds[:1], *arguments, **options)
+
+
+def graphless(self: Any, embeds: Any, cache: Any, *arguments: Any, **options: Any) -> Any:
+    found = tiny_extend(self, embeds, cache, *arguments, **options)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    return found
+
+
 def train(self: Any, mode: bool = True) -> Any:
     self.lm.train(mode)
     return self
@@ -149,6 +185,8 @@ BACKBONES = [
     ({"extend": forgetful}, "test_segments_equal_the_whole", "differ by"),
     ({"extend": careless}, "test_padding_on_the_left_changes_nothing", "differ by"),
     ({"train": train}, "test_it_stays_frozen", "train mode"),
+    ({"extend": blended}, "test_order_of_the_batch", "differ by"),
+    ({"extend": graphless}, "test_gradients_flow_through_the_cache", "no gradient reaches token 0"),
     ({"logits": single}, "test_shape_and_dtype", "logits are torch.bfloat16, not float32"),
     (
         {"layers": property(lambda self: list(self.lm.model.layers)[::-1])},

@@ -161,6 +161,37 @@ class BackboneContract(ComponentContract):
             shifted = backbone.extend(padded, backbone.new_cache(), moved, mask).last
             same(shifted[:, 3:], plain, TIGHT)
 
+    @torch.no_grad()
+    def test_order_of_the_batch(self) -> None:
+        """Rows in another order get their hidden states in that order."""
+        with clause("order of the batch", "let no row's hidden states depend on another row."):
+            backbone = self.build()
+            embeds = backbone.embed(self.ids(backbone))
+            positions = torch.arange(LENGTH).expand(2, -1)
+            one, other = (
+                backbone.extend(rows, backbone.new_cache(), positions, None).last
+                for rows in (embeds, embeds.flip(0))
+            )
+            same(other.flip(0), one, TIGHT)
+
+    def test_gradients_flow_through_the_cache(self) -> None:
+        """What a later segment gives has a gradient for every token of an earlier one."""
+        with clause(
+            "gradients flow through the cache",
+            "run the model without torch.no_grad, and detach no keys or values: stages before the "
+            "cut could not learn.",
+        ):
+            backbone = self.build()
+            embeds = backbone.embed(self.ids(backbone)).detach().requires_grad_(True)
+            cache, positions = backbone.new_cache(), torch.arange(LENGTH).expand(2, -1)
+            for a, b in ((0, CUT), (CUT, LENGTH)):
+                last = backbone.extend(embeds[:, a:b], cache, positions[:, a:b], None).last
+            (gradient,) = torch.autograd.grad(last.square().sum(), embeds)
+            assert bool(gradient.isfinite().all()), "a gradient is not finite"
+            reached = gradient.abs().amax((0, 2)) > 0
+            lost = [token for token, there in enumerate(reached.tolist()) if not there]
+            assert not lost, f"no gradient reaches token {lost[0]} of {LENGTH}"
+
     def test_it_stays_frozen(self) -> None:
         """No weight asks for a gradient, and train() leaves it in eval mode."""
         with clause("it stays frozen", "call Backbone.__init__ and override neither train nor it."):

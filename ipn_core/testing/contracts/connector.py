@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from ipn_core.features import VisualFeatures
 from ipn_core.stages import Connector, PerceiveContext
 from ipn_core.testing.contracts.clause import clause, same
-from ipn_core.testing.contracts.module import TIGHT, ModuleContract
+from ipn_core.testing.contracts.module import TIGHT, StageContract
 from ipn_core.testing.contracts.pictures import SAMPLES, ragged
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig
 
 __all__ = ["ConnectorContract"]
 
 
-class ConnectorContract(ModuleContract):
+class ConnectorContract(StageContract):
     """Subclass it and name the connector: `class TestMine(ConnectorContract): name = "mine"`."""
 
     kind = "perceiver"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
+import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ipn_core.stages import EncodedImage, VisionEncoder
 from ipn_core.testing.contracts.clause import clause, same
-from ipn_core.testing.contracts.component import ComponentContract
-from ipn_core.testing.contracts.module import TIGHT
+from ipn_core.testing.contracts.module import TIGHT, ModuleContract
 from ipn_core.testing.tiny import tiny_picture
 
 __all__ = ["EncoderContract"]
@@ -19,20 +20,31 @@ __all__ = ["EncoderContract"]
 SIZES = ((64, 64), (96, 48), (40, 80))
 
 
-class EncoderContract(ComponentContract):
+NOISE = 0.01
+"""Of each weight: so little that features of a trained encoder stay finite."""
+
+
+class EncoderContract(ModuleContract):
     """Subclass it and name the encoder: `class TestMine(EncoderContract): name = "mine"`.
 
-    Attributes:
-        options: of its config, such as small weights.
+    An encoder is frozen and takes pictures: it has no clause about gradients or compilation.
     """
 
     kind = "perceiver"
-    options: ClassVar[dict[str, Any]] = {}
 
-    def build(self) -> VisionEncoder:
+    def new(self, **more: Any) -> VisionEncoder:
         """A new one, as a model builds it."""
-        made: VisionEncoder = self.make(self.options).eval()
+        made: VisionEncoder = self.make({**self.options, **more})
         return made
+
+    def build(self, **more: Any) -> VisionEncoder:
+        """A new one whose weights are not quite those that it comes with, in eval mode."""
+        torch.manual_seed(0)
+        built = self.new(**more).eval()
+        with torch.no_grad():
+            for weight in built.parameters():
+                weight.mul_(1 + NOISE * torch.randn_like(weight))
+        return built
 
     def pictures(self) -> list[Image.Image]:
         """Pictures of noise, of several proportions."""
@@ -43,22 +55,28 @@ class EncoderContract(ComponentContract):
         """Encode without gradients."""
         return encoder.encode(pictures)
 
+    def result(self, module: Any) -> Tensor:
+        """The patches of all pictures, one after the other."""
+        return torch.cat([one.values for one in self.encode(module, self.pictures())])
+
     # -- clauses ---------------------------------------------------------------------------------
 
-    def test_shapes(self) -> None:
-        """Each picture gets h·w patches of width Dv, and perhaps a global token."""
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+    def test_shape_and_dtype(self, dtype: torch.dtype) -> None:
+        """Each picture gets h·w patches of width Dv in the weights' dtype, and perhaps a token."""
         with clause(
-            "shapes",
+            "shape and dtype",
             "return one EncodedImage a picture: values (h·w, Dv) row by row with its grid (h, w), "
-            "Dv being the property `width`.",
+            "Dv being the property `width`; bring pixels to the dtype of the weights.",
         ):
-            encoder, pictures = self.build(), self.pictures()
+            encoder, pictures = self.build().to(dtype), self.pictures()
             encoded = self.encode(encoder, pictures)
             assert len(encoded) == len(pictures), f"{len(encoded)} for {len(pictures)} pictures"
             for one in encoded:
                 h, w = one.grid
                 expected, got = (h * w, encoder.width), tuple(one.values.shape)
                 assert got == expected, f"values are {got}, expected (h·w, Dv) = {expected}"
+                assert one.values.dtype == dtype, f"values are {one.values.dtype}, not {dtype}"
                 assert bool(one.values.isfinite().all()), "values are not finite"
                 if one.global_token is not None:
                     got = tuple(one.global_token.shape)

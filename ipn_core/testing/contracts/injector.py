@@ -17,7 +17,7 @@ from ipn_core.stages import (
     VisualMessage,
 )
 from ipn_core.testing.contracts.clause import clause, same
-from ipn_core.testing.contracts.module import TIGHT, ModuleContract
+from ipn_core.testing.contracts.module import TIGHT, StageContract
 from ipn_core.testing.contracts.pictures import SAMPLES, disturbed, ragged
 
 __all__ = ["InjectorContract"]
@@ -44,7 +44,7 @@ class Inputs:
     between: LayerContext
 
 
-class InjectorContract(ModuleContract):
+class InjectorContract(StageContract):
     """Subclass it and name the injector: `class TestMine(InjectorContract): name = "mine"`.
 
     It covers what is injected after a look and, of a `LayerInjector`, what it does between layers.

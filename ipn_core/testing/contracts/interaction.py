@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ipn_core.features import VisualFeatures
 from ipn_core.stages import Request, VisualMessage
 from ipn_core.testing.contracts.clause import clause, same
-from ipn_core.testing.contracts.module import TIGHT, ModuleContract
+from ipn_core.testing.contracts.module import TIGHT, StageContract
 from ipn_core.testing.contracts.pictures import SAMPLES, disturbed, ragged
 
 __all__ = ["InteractionContract"]
 
 
-class InteractionContract(ModuleContract):
+class InteractionContract(StageContract):
     """Subclass it in a test module and name the interaction: `class TestFiLM(InteractionContract)`.
 
     Attributes:

@@ -16,21 +16,65 @@ from ipn_core.stages import Dims
 from ipn_core.testing.contracts.clause import clause, same
 from ipn_core.testing.contracts.component import ComponentContract
 
-__all__ = ["TIGHT", "ModuleContract"]
+__all__ = ["TIGHT", "ModuleContract", "StageContract"]
 
 TIGHT = 1e-4
 """Of the largest number, in float32."""
 
 
 class ModuleContract(ComponentContract):
-    """Base of the contracts of stages.
+    """Base of the contracts of what has weights.
 
     Attributes:
         options: of the config, to make it small.
-        R, K: request and dynamic tokens.
     """
 
     options: ClassVar[dict[str, Any]] = {}
+
+    @abstractmethod
+    def new(self, **more: Any) -> nn.Module:
+        """A new one, as a model builds it, with more options."""
+
+    @abstractmethod
+    def build(self, **more: Any) -> Any:
+        """A new one whose every parameter is random, in eval mode."""
+
+    @abstractmethod
+    def result(self, module: nn.Module) -> Tensor:
+        """Call a module on fixed inputs; what comes out."""
+
+    # -- clauses ---------------------------------------------------------------------------------
+
+    def test_eval_mode_is_deterministic(self) -> None:
+        """In eval mode the same inputs give the same result."""
+        with clause(
+            "deterministic in eval mode",
+            "draw noise only `if self.training`; use nn.Dropout, not F.dropout without it.",
+        ):
+            module = self.build()
+            alike = torch.equal(self.result(module), self.result(module))
+            assert alike, "two calls in eval mode differ"
+
+    def test_state_dict_round_trip(self) -> None:
+        """All that a result depends on is in the state dict."""
+        with clause(
+            "state dict round trip",
+            "keep every tensor that a result depends on as an nn.Parameter or a registered buffer.",
+        ):
+            module = self.build()
+            torch.manual_seed(1)
+            other = self.new().eval()
+            other.load_state_dict(copy.deepcopy(module.state_dict()))
+            same(self.result(other), self.result(module), 1e-6)
+
+
+class StageContract(ModuleContract):
+    """Base of the contracts of stages that train.
+
+    Attributes:
+        R, K: request and dynamic tokens.
+    """
+
     R: ClassVar[int] = 2
     K: ClassVar[int] = 3
 
@@ -64,10 +108,6 @@ class ModuleContract(ComponentContract):
                 parameter.add_(0.1 * torch.randn_like(parameter))
         return built
 
-    @abstractmethod
-    def result(self, module: nn.Module) -> Tensor:
-        """Call a module on fixed inputs; what comes out."""
-
     # -- clauses ---------------------------------------------------------------------------------
 
     def test_every_parameter_learns(self) -> None:
@@ -85,28 +125,6 @@ class ModuleContract(ComponentContract):
                 gradient = parameter.grad
                 assert gradient is not None, f"'{name}' gets no gradient"
                 assert bool(gradient.isfinite().all()), f"'{name}' gets no finite gradient"
-
-    def test_eval_mode_is_deterministic(self) -> None:
-        """In eval mode the same inputs give the same result."""
-        with clause(
-            "deterministic in eval mode",
-            "draw noise only `if self.training`; use nn.Dropout, not F.dropout without it.",
-        ):
-            module = self.build()
-            alike = torch.equal(self.result(module), self.result(module))
-            assert alike, "two calls in eval mode differ"
-
-    def test_state_dict_round_trip(self) -> None:
-        """All that a result depends on is in the state dict."""
-        with clause(
-            "state dict round trip",
-            "keep every tensor that a result depends on as an nn.Parameter or a registered buffer.",
-        ):
-            module = self.build()
-            torch.manual_seed(1)
-            other = self.new().eval()
-            other.load_state_dict(copy.deepcopy(module.state_dict()))
-            same(self.result(other), self.result(module), 1e-6)
 
     def test_it_compiles(self) -> None:
         """`torch.compile` gives the same result."""

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from ipn_core.stages import Request, RequestContext
 from ipn_core.testing.contracts.clause import clause, same
-from ipn_core.testing.contracts.module import TIGHT, ModuleContract
+from ipn_core.testing.contracts.module import TIGHT, StageContract
 
 __all__ = ["RequesterContract"]
 
 BATCH = 4
 
 
-class RequesterContract(ModuleContract):
+class RequesterContract(StageContract):
     """Subclass it and name the requester: `class TestMine(RequesterContract): name = "mine"`.
 
     Attributes:

@@ -71,9 +71,9 @@ class EfficientNetLite0(VisionEncoder):
         size = self.config.size
         resized = [image.resize((size, size), Image.Resampling.BICUBIC) for image in images]
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in resized]))
-        device = next(self.net.parameters()).device
-        scaled = pixels.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        scaled = scaled.to(memory_format=torch.channels_last)
+        weight = next(self.net.parameters())
+        scaled = pixels.to(weight.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        scaled = scaled.to(weight.dtype, memory_format=torch.channels_last)
         maps = self.net.extract_features(scaled)
         values = maps.permute(0, 2, 3, 1).flatten(1, 2)
         grid = (maps.shape[2], maps.shape[3])
