@@ -55,7 +55,7 @@ def declared(dims: Dims, stage: Stage) -> Dims:
     """Return the sizes with what a stage declares, for the stages after it."""
     if isinstance(stage, Perceiver):
         S = stage.static_tokens or 0
-        return replace(dims, Dv=stage.width, S=S, looks=stage.looks)
+        return replace(dims, Dv=stage.width, S=S, looks=dims.looks and stage.looks)
     if isinstance(stage, Requester):
         return replace(dims, D_request=stage.width)
     if isinstance(stage, Interaction):

@@ -163,3 +163,7 @@ def test_what_looks_again_is_told_whether_the_features_can(registry: Registry) -
     named["layout"] = {"request": 2}
     with pytest.raises(ConfigError, match=r"^interaction 'toy-picky' .*: it looks again\.$"):
         build(perceive="toy-blurred")
+    named["layout"] = {"request": 2}
+    encoder.looks = False  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="it looks again"):
+        build(perceive="toy-linear")

@@ -20,8 +20,9 @@ PRESET = {
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Add the connector, its strategy, and the importers of BLIP-2 and InstructBLIP."""
+    """Add the connector, its strategy, an encoder, and the importers of both models."""
     registry.perceiver("qformer", "ipn_qformer.qformer:QFormer")
+    registry.perceiver("qformer-tokens", "ipn_qformer.tokens:QFormerTokens")
     registry.strategy("qformer", PRESET)
     registry.importer("blip2", "ipn_qformer.importing:Blip2")
     registry.importer("instructblip", "ipn_qformer.importing:InstructBlip")

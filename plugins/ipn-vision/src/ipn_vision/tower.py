@@ -15,6 +15,7 @@ from torch import Tensor
 from ipn_core.config import Config
 from ipn_core.errors import ConfigError
 from ipn_core.stages import EncodedImage, VisionEncoder
+from ipn_vision.digest import Digest
 from ipn_vision.loading import fetch, load_tower
 from ipn_vision.pixels import build_processor, read_settings
 
@@ -78,7 +79,7 @@ class VisionTower(VisionEncoder):
             )
         self.settings = read_settings(folder, its.model_type, config.preprocess, size)
         self.processor = build_processor(self.settings)
-        self._digest: tuple[tuple[int, ...], str] | None = None
+        self._digest = Digest(self.tower)
 
     def _check_layer(self) -> None:
         layers = getattr(self.tower.config, "num_hidden_layers", None)
@@ -102,15 +103,6 @@ class VisionTower(VisionEncoder):
     @property
     def fingerprint(self) -> str:
         """A digest of the tower's weights as they are, its config, and what is read from it."""
-        state = self.tower.state_dict()
-        versions = tuple(t._version for t in state.values())
-        if self._digest is None or self._digest[0] != versions:
-            digest = hashlib.sha256()
-            for name, tensor in state.items():
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(flat.view(torch.uint8).numpy())
-            self._digest = versions, digest.hexdigest()
         its = self.tower.config.to_dict()
         its.pop("_name_or_path", None)  # the same weights elsewhere see the same
         read = {
@@ -119,7 +111,7 @@ class VisionTower(VisionEncoder):
             "class": self.config.keep_class_token,
             "pixels": self.processor.to_dict(),
         }
-        text = self._digest[1] + json.dumps(read, sort_keys=True, default=str)
+        text = self._digest() + json.dumps(read, sort_keys=True, default=str)
         short = hashlib.sha256(text.encode()).hexdigest()[:24]
         return f"vision-{self.tower.config.model_type}-{short}"
 
