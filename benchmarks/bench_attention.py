@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from benchmarks.measuring import threads
 
 from benchmarks.attention_cells import GRIDS, NOTES
+from benchmarks.measuring import threads
 from benchmarks.replay import recorded, replay
 from benchmarks.results import Row
 from benchmarks.sections import Book

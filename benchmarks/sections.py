@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.measuring import threads
-
 from benchmarks.results import Row, store
 
 __all__ = ["Book"]
