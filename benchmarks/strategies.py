@@ -22,14 +22,13 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.pages import fill
 from ipn_core.benchmarking.engine.subjects import GRID, SMOLLM2_SHAPE, WIDTH
-from ipn_core.files import atomic_write
 from ipn_core.model import IPN
 from ipn_core.plugins import get_registry
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_tokenizer
 
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- strategies: begin -->", "<!-- strategies: end -->"
 
 
 @dataclass(frozen=True)
@@ -131,15 +130,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="put it into README.md")
     made = table()
-    if not parser.parse_args().write:
+    if parser.parse_args().write:
+        fill(README, "strategies", made)
+    else:
         print(made)
-        return
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not rest or not after:
-        raise SystemExit(f"README.md has no '{BEGIN}' … '{END}' to write between")
-    atomic_write(README, f"{before}{BEGIN}\n{made}\n{END}{after}".encode())
 
 
 if __name__ == "__main__":
