@@ -9,7 +9,20 @@ from typing import Any
 
 import typer
 
-from ipn_core.cli import ask, bench, chat, compare, doctor, eval, models, new, plugins, push, train
+from ipn_core.cli import (
+    ask,
+    bench,
+    chat,
+    compare,
+    doctor,
+    eval,
+    models,
+    new,
+    plugins,
+    push,
+    serve,
+    train,
+)
 from ipn_core.cli.options import DEBUGGING, Debug
 
 __all__ = ["app", "main"]
@@ -50,6 +63,7 @@ app.command("eval")(eval.evaluate)
 app.command("train")(train.train)
 app.command("compare")(compare.compare)
 app.command("push")(push.push)
+app.command("serve")(serve.serve)
 app.command("new")(new.new)
 app.command("plugins")(plugins.plugins)
 app.add_typer(models.app, name="models")

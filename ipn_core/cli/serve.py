@@ -1,0 +1,78 @@
+"""`ipn serve`: a model behind an OpenAI-compatible address."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from ipn_core.cli.options import Debug
+
+__all__ = ["serve"]
+
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME|PATH", help="A known model, folder or hub id.")
+    ] = "starter",
+    interact: Annotated[
+        str | None, typer.Option("--interact", metavar="NAME", help="One of its strategies.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Whom it listens to.")
+    ] = _LOCAL[0],
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for a free one.")] = 8000,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Requests at once.")] = 16,
+    waiting: Annotated[
+        int, typer.Option("--waiting", min=1, help="Requests that may wait; more get 429.")
+    ] = 64,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Of an answer at most.")
+    ] = 256,
+    max_body: Annotated[
+        int, typer.Option("--max-body", min=1, metavar="MB", help="Of a request at most.")
+    ] = 20,
+    debug: Debug = False,
+) -> None:
+    """Serve /v1/chat/completions with pictures, /healthz and /metrics until it is interrupted.
+
+    With IPN_API_KEY set, requests must bring that key.
+    """
+    from ipn_core.cli.loading import load_model
+    from ipn_core.cli.terminal import note, quiet
+    from ipn_core.errors import UserError
+
+    try:
+        import uvicorn
+
+        from ipn_core.serving.app import create_app
+    except ImportError as error:
+        raise UserError(
+            f"ipn serve needs a package that is not installed ({error.name}): "
+            "pip install 'ipn-core[serve]'."
+        ) from None
+    from ipn_core.serving.protocol import Limits
+    from ipn_core.serving.sockets import bound
+
+    local = host in _LOCAL
+    # Before the model is loaded: that the port is taken should not come out late.
+    with bound(host, port) as socket:
+        with quiet():
+            loaded = load_model(model, interact, untrained=False)
+        limits = Limits(body=max_body * 1_000_000, tokens=max_tokens)
+        app = create_app(
+            loaded,
+            limits=limits,
+            batch=batch,
+            waiting=waiting,
+            hosts=_LOCAL if local else (),
+            key=os.environ.get("IPN_API_KEY") or None,
+        )
+        socket.listen()
+        shown = f"[{host}]" if ":" in host else host
+        note(f"{loaded.name} listens at http://{shown}:{socket.getsockname()[1]}/v1")
+        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
+        uvicorn.Server(config).run(sockets=[socket])

@@ -1,0 +1,40 @@
+"""The address that a server listens at."""
+
+from __future__ import annotations
+
+import socket
+
+from ipn_core.errors import UserError
+
+__all__ = ["bound"]
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket that has its address, and does not listen yet.
+
+    Args:
+        host: an address or name of this machine.
+        port: 0 for any that is free.
+
+    Raises:
+        UserError: there is no such address, or it is taken or not allowed.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        opened = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"'--host' must be an address of this machine, got '{host}' ({error})."
+        ) from None
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+    except OSError as error:
+        opened.close()
+        raise UserError(
+            f"cannot listen at {host}, port {port}: {error.strerror}. Choose another with "
+            "--host and --port; 0 is a free one."
+        ) from None
+    return opened
