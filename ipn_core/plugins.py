@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,7 +20,14 @@ from typing import Any
 import pluggy
 
 import ipn_core
-from ipn_core.errors import IPNError, PluginError, UserError, unknown_name
+from ipn_core.errors import (
+    IPNError,
+    PluginError,
+    UnknownNameError,
+    UserError,
+    near,
+    unknown_name,
+)
 from ipn_core.faults import naming
 from ipn_core.hooks import PROJECT, DiscoverySpec
 
@@ -30,6 +37,7 @@ __all__ = [
     "Fault",
     "Plugin",
     "Registry",
+    "chosen",
     "discover",
     "get_registry",
     "identify",
@@ -216,18 +224,7 @@ CORE = EntryPoint("core", "ipn_core.builtin", PROJECT)
 class _Discovery:
     registry: Registry = field(default_factory=Registry)
 
-    def run(self, points: list[EntryPoint], only: set[str] | None) -> Registry:
-        points = sorted(points, key=lambda p: (p.name, p.dist.name if p.dist else ""))
-        if only is not None:
-            unknown = only - {p.name for p in points}
-            if unknown:
-                raise unknown_name(
-                    "plugin in IPN_PLUGINS",
-                    sorted(unknown)[0],
-                    {p.name for p in points},
-                    "ipn plugins",
-                )
-            points = [p for p in points if p.name in only]
+    def run(self, points: Sequence[EntryPoint]) -> Registry:
         self._add(CORE)
         for point in points:
             self._add(point)
@@ -279,16 +276,34 @@ def identify(point: EntryPoint) -> Plugin:
     return Plugin(point.name, *_origin(point))
 
 
-def discover(only: str | None = None, points: Sequence[EntryPoint] | None = None) -> Registry:
-    """Load every installed plugin and return what they registered.
+def chosen(only: str | None, points: Iterable[EntryPoint] | None = None) -> list[EntryPoint]:
+    """Return the entry points of the plugins to load, in the order in which they are loaded.
 
     Args:
-        only: entry-point names separated by commas; an empty text loads none, None loads all.
-        points: the entry points to load, by default all that are installed.
+        only: names separated by commas; an empty text loads none, None loads all.
+        points: to choose among, by default all that are installed.
+
+    Raises:
+        UnknownNameError: a name is none of theirs.
     """
-    names = None if only is None else {n.strip() for n in only.split(",") if n.strip()}
     found = entry_points(group=PROJECT) if points is None else points
-    return _Discovery().run(list(found), names)
+    found = sorted(found, key=lambda p: (p.name, p.dist.name if p.dist else ""))
+    if only is None:
+        return found
+    names = {name.strip() for name in only.split(",") if name.strip()}
+    known = {point.name for point in found}
+    if unknown := sorted(names - known):
+        raise UnknownNameError(
+            f"unknown plugin in IPN_PLUGINS '{unknown[0]}': installed are "
+            f"{', '.join(sorted(known)) or 'none'}{near(unknown[0], known)}. Name installed ones, "
+            "or unset it to load all."
+        )
+    return [point for point in found if point.name in names]
+
+
+def discover(only: str | None = None, points: Iterable[EntryPoint] | None = None) -> Registry:
+    """Load plugins and return what they registered; see `chosen` for which."""
+    return _Discovery().run(chosen(only, points))
 
 
 @cache

@@ -116,7 +116,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     from ipn_core.errors import IPNError, UnknownNameError
 
     if isinstance(error, UnknownNameError):
-        return error.exit_code, str(error) + _faulty_plugins()
+        return error.exit_code, str(error) + _not_loaded()
     if isinstance(error, IPNError):
         return error.exit_code, str(error)
     if hasattr(error, "format_message"):  # typer's own: words that are no command line of ours
@@ -140,19 +140,24 @@ def _usage(error: Any) -> str:
     return f"{said if said.endswith(('.', ')', '?')) else said + '.'} See '{path} --help'."
 
 
-def _faulty_plugins() -> str:
-    """Name the plugins that failed to load: one of them may bring the unknown name."""
+def _not_loaded() -> str:
+    """Name the plugins that failed to load or were left out: one may bring the unknown name."""
     from ipn_core.errors import IPNError
     from ipn_core.plugins import get_registry
 
     try:
         faults = get_registry().faults
-    except IPNError:
+    except IPNError:  # which is what the user is told
         return ""
-    if not faults:
-        return ""
-    shown = "; ".join(f"{f.plugin.label} ({' '.join(f.reason.split())})" for f in faults[:3])
-    return f" Not loaded: {shown}."
+    said = ""
+    if faults:
+        shown = (f"{f.plugin.label} ({' '.join(f.reason.split())})" for f in faults[:3])
+        said += f" Not loaded: {'; '.join(shown)}."
+    chosen = os.environ.get("IPN_PLUGINS")
+    if chosen is not None:
+        names = ", ".join(sorted(name.strip() for name in chosen.split(",") if name.strip()))
+        said += f" IPN_PLUGINS leaves out all plugins{f' but {names}' if names else ''}."
+    return said
 
 
 def _drop_output() -> None:

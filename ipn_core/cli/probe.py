@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from ipn_core.errors import unknown_name
 from ipn_core.hooks import PROJECT
-from ipn_core.plugins import CORE, discover, identify
+from ipn_core.plugins import CORE, chosen, discover, identify
 
 __all__ = ["Probe", "answer_probe", "probe_plugins"]
 
@@ -81,7 +80,7 @@ def probe_plugins(*, deep: bool = False, limit_s: float | None = None) -> list[P
         UnknownNameError: `IPN_PLUGINS` names a plugin that is not installed.
     """
     limit_s = limit_s or (DEEP_LIMIT_S if deep else LIMIT_S)
-    points = _points()
+    points = [CORE, *chosen(os.environ.get("IPN_PLUGINS"))]
     running: list[subprocess.Popen[bytes]] = []
     with ThreadPoolExecutor(max_workers=min(8, max(2, os.cpu_count() or 2))) as threads:
         try:
@@ -94,21 +93,6 @@ def probe_plugins(*, deep: bool = False, limit_s: float | None = None) -> list[P
             raise
     _find_clashes(probes)
     return probes
-
-
-def _points() -> Sequence[EntryPoint]:
-    """The plugins that `ipn_core.plugins.discover` would load, in its order."""
-    found = sorted(
-        entry_points(group=PROJECT), key=lambda p: (p.name, p.dist.name if p.dist else "")
-    )
-    chosen = os.environ.get("IPN_PLUGINS")
-    if chosen is None:
-        return [CORE, *found]
-    names = {name.strip() for name in chosen.split(",") if name.strip()}
-    known = {point.name for point in found}
-    if names - known:
-        raise unknown_name("plugin in IPN_PLUGINS", sorted(names - known)[0], known, "ipn plugins")
-    return [CORE, *(point for point in found if point.name in names)]
 
 
 def _probe(

@@ -65,6 +65,21 @@ def test_a_plugin_that_raises_in_forward_is_named_with_its_stage(
     assert (run.code, run.out, run.err) == (1, "", said)
 
 
+@pytest.mark.parametrize("command", ["plugins", "doctor"])
+def test_an_unknown_name_in_ipn_plugins_is_refused(command: str) -> None:
+    run = shell(command, env={**os.environ, "IPN_PLUGINS": "rvi"})
+    assert_refused(run, "unknown plugin in IPN_PLUGINS 'rvi'", "mean 'rvii'?", "unset it")
+
+
+def test_a_name_that_ipn_plugins_may_have_left_out_says_so(home: Path, copied: Path) -> None:
+    ask = ("ask", home / "scene.png", "hi", "-m")
+    run = shell(*ask, copied, env={**os.environ, "IPN_PLUGINS": "film"})
+    said = "IPN_PLUGINS leaves out all plugins but film."
+    assert_refused(run, "unknown backbone 'llama': installed are none", said)
+    run = shell(*ask, "startre", env={**os.environ, "IPN_PLUGINS": ""})
+    assert_refused(run, "unknown model 'startre'", "IPN_PLUGINS leaves out all plugins.")
+
+
 @pytest.mark.parametrize(
     ("value", "listed"),
     [("", ["ipn-core"]), ("film, llama", ["ipn-core", "ipn-film", "ipn-llama"])],
