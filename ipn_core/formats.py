@@ -23,7 +23,7 @@ __all__ = ["KEYS", "Record"]
 KEYS = frozenset({"question", "conversations", "texts", "text_list"})
 """One of them is in every record."""
 
-_QUESTION = ("image", "question", "answer", "type", "looks")
+_QUESTION = ("image", "question", "answer", "type", "looks", "hops")
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -96,10 +96,14 @@ class Record:
         kind = row.get("type", "all")
         if not isinstance(kind, str) or not kind:
             raise self._fail(f"'type' must be a text, got {kind!r}")
-        looks = row.get("looks", 0)
+        hops = _texts(row.get("hops", []))
+        if row.get("hops") and not hops:
+            raise self._fail(f"'hops' must be a text or a list of texts, got {row['hops']!r}")
+        looks = row.get("looks", len(hops))
         if not isinstance(looks, int) or isinstance(looks, bool) or looks < 0:
             raise self._fail(f"'looks' must be a whole number of at least 0, got {looks!r}")
-        return Example(question, answers, tuple(self._pictures(names)), kind, looks=looks)
+        shown = tuple(self._pictures(names))
+        return Example(question, answers, shown, kind, looks=looks, hops=hops)
 
     # -- a conversation --------------------------------------------------------------------------
 

@@ -53,12 +53,18 @@ def test_every_test_file_it_names_exists():
         assert (ROOT / target.rstrip(".")).exists(), target
 
 
+def strategies():
+    """The cells of each row of its table of strategies."""
+    begin, end = "<!-- strategies: begin -->", "<!-- strategies: end -->"
+    table = README.partition(begin)[2].partition(end)[0]
+    rows = [row for row in table.strip().splitlines() if row.startswith("| `")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
 def test_its_table_of_strategies_lists_all_that_this_workspace_brings():
     from ipn_core.plugins import discover
 
-    begin, end = "<!-- strategies: begin -->", "<!-- strategies: end -->"
-    table = README.partition(begin)[2].partition(end)[0]
-    shown = re.findall(r"^\| `([\w-]+)` \| ([\w-]+) ", table, re.MULTILINE)
+    shown = [(cells[0].strip("`"), cells[1]) for cells in strategies()]
     ours = {folder.name for folder in (ROOT / "plugins").iterdir()}
     installed = [
         (name, component.plugin.distribution)
@@ -68,3 +74,21 @@ def test_its_table_of_strategies_lists_all_that_this_workspace_brings():
 
     assert shown == installed
     assert len({distribution for _, distribution in shown}) == len(shown)  # each its own
+
+
+def test_each_strategy_of_its_table_is_held_against_something_and_near_it():
+    for name, *_, originals, differences in strategies():
+        assert originals not in ("", "—"), name
+        found = [float(difference) for difference in differences.split("<br>")]
+        assert len(found) == len(originals.split("<br>"))
+        assert max(found) <= 1e-4, name
+
+
+@pytest.mark.slow
+def test_its_table_of_strategies_counts_what_there_is_today(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.strategies import row
+
+    counted = [row(cells[0].strip("`"), [])[:6] for cells in strategies()]
+
+    assert counted == [cells[:6] for cells in strategies()]

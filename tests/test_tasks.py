@@ -42,6 +42,13 @@ def test_lines_become_examples_with_pictures_beside_the_file(write: Any) -> None
     assert second.images[1].load().tobytes() == picture(ord("b")).tobytes()
 
 
+def test_a_line_says_how_often_to_look_and_what_to_find(write: Any) -> None:
+    rows = [GOOD, {"looks": 2}, {"hops": "cat"}, {"hops": ["cat", "car"]}, {"hops": [], "looks": 1}]
+    examples = write(*({**GOOD, **row} for row in rows)).examples()
+    found = [(example.looks, example.hops) for example in examples]
+    assert found == [(0, ()), (2, ()), (1, ("cat",)), (2, ("cat", "car")), (1, ())]
+
+
 def test_an_odd_line_separator_inside_a_text_does_not_split_it(write: Any) -> None:
     line = json.dumps({**GOOD, "question": "a\u2028b"}, ensure_ascii=False)
     (example,) = write(line).examples()
@@ -63,6 +70,9 @@ def test_an_odd_line_separator_inside_a_text_does_not_split_it(write: Any) -> No
         ({**GOOD, "image": "a\0.png"}, "no such image"),
         ({**GOOD, "image": "x" * 5000}, "no such image"),
         ({**GOOD, "type": 3}, "'type' must be a text, got 3"),
+        ({**GOOD, "looks": -1}, "'looks' must be a whole number of at least 0, got -1"),
+        ({**GOOD, "looks": True}, "'looks' must be a whole number of at least 0, got True"),
+        ({**GOOD, "hops": [1]}, r"'hops' must be a text or a list of texts, got \[1\]"),
         ("[" * 100_000, "not valid JSON"),
     ],
 )

@@ -14,7 +14,7 @@ from ipn_core.builtin.injectors import TokenInjector, TokenInjectorConfig
 from ipn_core.builtin.requesters import HiddenState, HiddenStateConfig
 from ipn_core.config import Config
 from ipn_core.features import VisualFeatures
-from ipn_core.stages import Connector, Injection, LayerInjector, Percept, Request
+from ipn_core.stages import Connector, Injection, Injector, LayerInjector, Percept, Request
 from ipn_core.testing.contracts import (
     ConnectorContract,
     ContractError,
@@ -256,6 +256,14 @@ def test_a_requester_may_say_that_it_borrows() -> None:
     good = OwnRequester
     target = type("Borrows", (mixes(good),), {})
     check(contract(RequesterContract, target, borrows=True), "test_order_of_the_batch")
+
+
+def test_an_injector_that_takes_a_message_longer_than_its_slots_is_told() -> None:
+    base = vars(Injector)["not_supported_reasons"]
+    target = type("Longer", (TokenInjector,), {"not_supported_reasons": base})
+    said = r"it cannot work'.*a message of 5 tokens, and fails: .*What to do: return a reason"
+    with pytest.raises(ContractError, match=f"(?s){said}"):
+        check(contract(InjectorContract, target), "test_it_is_refused_where_it_cannot_work")
 
 
 def test_an_injector_that_miscounts_its_slots_is_told() -> None:

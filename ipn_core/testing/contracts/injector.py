@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ipn_core.stages import (
+    Dims,
     InjectContext,
     Injection,
     LayerContext,
@@ -232,11 +233,12 @@ class InjectorContract(StageContract):
                 same(part, whole[name][:, -1:], TIGHT)
 
     def test_it_is_refused_where_it_cannot_work(self) -> None:
-        """Without a look, what needs a message says why it does not fit."""
+        """It has reasons against no message, if it needs one, and lengths that it cannot take."""
         with clause(
             "it is refused where it cannot work",
             "return a reason from `not_supported_reasons`, calling the base class's, where "
-            "`dims.M` is 0, or say `needs_message = False`.",
+            "`dims.M` is 0, or say `needs_message = False`; and where it is not `dims.K`, if each "
+            "slot takes a token of the message.",
         ):
             target, dims = self.target(), self.dims()
             schema = self.config_class()
@@ -246,6 +248,21 @@ class InjectorContract(StageContract):
             blind = replace(dims, K=0, M=0, Dm=0, D_request=0)
             if target.needs_message:
                 assert target.not_supported_reasons(config, blind), "no reason against no message"
+            longer = replace(dims, M=dims.M + 2)
+            if not target.not_supported_reasons(config, longer):
+                self._takes(longer)
+
+    def _takes(self, dims: Dims) -> None:
+        """Give a message of another length to one that has no reason against it."""
+        module = self.make(dict(self.options), dims).eval()
+        message = VisualMessage(torch.randn(BATCH, dims.M, dims.Dm))
+        takes = f"it has no reason against a message of {dims.M} tokens"
+        try:
+            tokens = module(message, self.context()).tokens
+        except Exception as error:
+            raise AssertionError(f"{takes}, and fails: {error}") from error
+        got = 0 if tokens is None else tokens.shape[1]
+        assert got == module.fills, f"{takes}, and gives {got} for {module.fills} slots"
 
 
 def _row(inputs: Inputs, index: int) -> Inputs:
