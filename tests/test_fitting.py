@@ -151,6 +151,19 @@ def test_looking_again_needs_slots_also_by_hand(registry: Registry) -> None:
         parts.assemble(injector=PrefixKV(PrefixKV.Config(), parts.told))
 
 
+def test_what_a_stage_cannot_do_is_refused_when_a_config_names_it(registry: Registry) -> None:
+    with pytest.raises(ConfigError) as caught:
+        IPN.from_config(
+            toy_config(registry, "tiny-look", interact="toy-picky"),
+            backbone=tiny_backbone(),
+            encoder=TinyEncoder(TinyEncoderConfig()),
+            registry=registry,
+        )
+    assert str(caught.value) == (
+        "interaction 'toy-picky' does not fit this model: it reads 2 request tokens, not 1."
+    )
+
+
 def test_what_looks_again_is_told_whether_the_features_can(registry: Registry) -> None:
     named = {"interact": "toy-picky", "layout": {"request": 2}}
     backbone, encoder = tiny_backbone(), TinyEncoder(TinyEncoderConfig())

@@ -53,14 +53,6 @@ class Longer(TinyLook):
         return len(self.queries)
 
 
-class Demanding(TinyLook):
-    """An interaction that does not work everywhere."""
-
-    @classmethod
-    def not_supported_reasons(cls, config: Any, dims: Any) -> list[str]:
-        return [f"it reads 2 request tokens, not {dims.R}"] if dims.R != 2 else []
-
-
 class Mute(PrefixKV):
     """Forgets to give the keys it says it does."""
 
@@ -72,7 +64,6 @@ class Plugin:
     @hookimpl
     def register(self, registry: Any) -> None:
         registry.interaction("toy-longer", Longer)
-        registry.interaction("toy-demanding", Demanding)
         registry.injector("toy-mute", Mute)
 
 
@@ -341,11 +332,6 @@ def build(registry: Any, backbone: Any = None, **more: Any) -> IPN:
         (
             {"layout": {"dynamic": 0}, "inject": "prefix-kv"},
             r"^injector 'prefix-kv' does not fit .* layout.dynamic 0 there",
-        ),
-        (
-            {"interact": "toy-demanding"},
-            "^interaction 'toy-demanding' does not fit this model: it reads 2 request tokens, "
-            "not 1.$",
         ),
     ],
 )
