@@ -10,7 +10,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ipn_core.errors import ConfigError, near
+from ipn_core.errors import ConfigError, PluginError, near
 from ipn_core.plugins import Registry
 
 __all__ = [
@@ -253,10 +253,25 @@ class IPNConfig(Config):
         merged = dict(values)
         name = merged.get("strategy")
         if name is not None:
-            preset = registry.get("strategy", str(name)).load()
+            component = registry.get("strategy", str(name))
+            preset = component.load()
+            if reason := cls._no_preset(preset):
+                raise PluginError(
+                    f"strategy '{component.name}' of {component.plugin.label} is no preset: "
+                    f"{reason}. It must map {', '.join(cls.model_fields)} to components or options."
+                )
             for key, default in preset.items():
                 merged[key] = lay_over(default, merged[key]) if key in merged else default
         return cls.parse(merged, where)
+
+    @classmethod
+    def _no_preset(cls, preset: object) -> str:
+        """Say why something that a plugin registered is no preset; empty if it is one."""
+        if not isinstance(preset, Mapping):
+            return f"it is a {type(preset).__name__}"
+        known = list(cls.model_fields)
+        odd = next((key for key in preset if key not in known), None)
+        return "" if odd is None else f"unknown key '{odd}'{near(str(odd), known)}"
 
 
 def lay_over(default: Any, given: Any) -> Any:

@@ -66,11 +66,16 @@ def declared(dims: Dims, stage: Stage) -> Dims:
 def refuse(what: str, reasons: Sequence[str]) -> None:
     """Refuse what does not fit.
 
+    Args:
+        what: does not.
+        reasons: why; a text alone, which an author may have returned, is one.
+
     Raises:
         ConfigError: there are reasons.
     """
     if reasons:
-        raise ConfigError(f"{what} does not fit this model: {'; '.join(reasons)}.")
+        why = reasons if isinstance(reasons, str) else "; ".join(reasons)
+        raise ConfigError(f"{what} does not fit this model: {why}.")
 
 
 def check_fit(model: IPN) -> None:
@@ -105,7 +110,7 @@ def check_fit(model: IPN) -> None:
             continue
         who = f"{kind} '{part.name}' ({type(stage).__name__})" if part else type(stage).__name__
         reasons = type(stage).not_supported_reasons(stage.config, dims)
-        refuse(who, [*reasons, *_other_sizes(stage.dims, dims)])
+        refuse(who, reasons or _other_sizes(stage.dims, dims))
         dims = declared(dims, stage)
         if layout.look_again and isinstance(stage, Injector) and not stage.fills:
             why = f"{who} fills no slot, so that nothing would follow a look within an answer"

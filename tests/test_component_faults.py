@@ -15,7 +15,15 @@ from toys import picture, toy_config, toy_model, toy_registry
 from transformers import PreTrainedModel
 
 from ipn_core.comparison.arms import Arms
-from ipn_core.errors import CheckpointError, DataError, IPNError, PluginError, StageError
+from ipn_core.config import IPNConfig
+from ipn_core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    IPNError,
+    PluginError,
+    StageError,
+)
 from ipn_core.faults import ran
 from ipn_core.hooks import hookimpl
 from ipn_core.importing import Importer, find_import
@@ -24,7 +32,8 @@ from ipn_core.plugins import Registry, discover
 from ipn_core.prefixes import PrefixCache
 from ipn_core.prompt import Prompt
 from ipn_core.tasks import Example, ShardedTask, Task, open_task
-from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig
+from ipn_core.testing.interactions import TinyLook
+from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
 from ipn_core.training.answers import directions
 from ipn_core.training.config import DataConfig
 from ipn_core.training.data import Data
@@ -86,6 +95,13 @@ class Lacking(Llama):
         raise KeyError("some.weight")
 
 
+REASONS = "not_supported_reasons"
+
+
+def why(cls: type, *arguments: Any) -> str:
+    return "it is a full moon"
+
+
 class Zero(Objective):
     name = "zero"
 
@@ -117,6 +133,9 @@ class Broken:
             registry.objective(f"broken-{method.strip('_')}", raises(Zero, method))
         registry.objective("zero", Zero)
         registry.objective("no-objective", lambda model, data: None)
+        registry.strategy("no-preset", ["interact"])
+        registry.strategy("odd-preset", {"intract": "rvii"})
+        registry.interaction("one-reason", type("One", (TinyLook,), {REASONS: classmethod(why)}))
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +149,30 @@ def said(kind: str, name: str, method: str) -> str:
     return (
         f"{kind} 'broken-{name}' of plugin ipn-broken 1.2 failed in {method}: OddError: of its own"
     )
+
+
+# -- strategies and stages -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no-preset", r"strategy 'no-preset' of ipn-broken 1\.2 is no preset: it is a list"),
+        ("odd-preset", r"of ipn-broken 1\.2 is no preset: unknown key 'intract' \(did you mean"),
+    ],
+)
+def test_a_strategy_that_is_no_preset_is_refused_with_its_plugin(
+    registry: Registry, name: str, reason: str
+) -> None:
+    with pytest.raises(PluginError, match=reason):
+        IPNConfig.resolve({"strategy": name}, registry, "model")
+
+
+def test_a_single_reason_is_told_as_one(registry: Registry) -> None:
+    config = toy_config(registry, "tiny-look", interact="one-reason")
+    parts = {"backbone": tiny_backbone(), "encoder": TinyEncoder(TinyEncoderConfig())}
+    with pytest.raises(ConfigError, match=r"does not fit this model: it is a full moon\.$"):
+        IPN.from_config(config, registry=registry, **parts)
 
 
 # -- backbones -------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_what_a_stage_cannot_do_is_refused_when_it_is_put_in_by_hand(registry: R
         parts.assemble(interaction=demanding)
     assert str(caught.value) == (
         "interaction 'tiny-look' (Demanding) does not fit this model: it reads 2 request tokens, "
-        "not 1; it was made for R 2, and this model has R 1."
+        "not 1."
     )
 
 
