@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine"]
 
+_SHOWN = 40
+"""Characters of a question that an error quotes."""
+
 
 class Engine:
     """Runs prompts through a model's backbone and stages."""
@@ -247,17 +250,18 @@ class Engine:
             state.counts = [a + b for a, b in zip(state.counts, counts, strict=True)]
             for row, more in enumerate(pictures):
                 state.pictures[row] += more
-        longest = max(
-            before + count.total() + plan.rounds * caches
-            for before, count, plan in zip(state.lengths, counts, plans, strict=True)
-        )
-        limit = self.model.backbone.max_positions
-        if longest >= limit:
-            raise PromptError(
-                f"the prompt has {longest} tokens; with the answer, at most {limit} fit into the "
-                "context of this LLM. Shorten the question or show fewer pictures."
-            )
+        for before, count, plan in zip(state.lengths, counts, plans, strict=True):
+            self._check_length(before + count.total() + plan.rounds * caches, plan.question)
         return segments, state
+
+    def _check_length(self, tokens: int, question: str) -> None:
+        limit = self.model.backbone.max_positions
+        if tokens >= limit:
+            begins = question if len(question) <= _SHOWN else f"{question[:_SHOWN].rstrip()}…"
+            raise PromptError(
+                f"the prompt of {begins!r} has {tokens} tokens; with the answer, at most {limit} "
+                "fit into the context of this LLM. Shorten the question or show fewer pictures."
+            )
 
     @staticmethod
     def _static_lengths(rows: int, percept: Percept) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ from ipn_core.tasks import Example, Picture, ShardedTask
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["FileTask", "Folder", "matching"]
+__all__ = ["FileTask", "Folder", "matching", "parse_json"]
+
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half of a character that JSON escapes as two; alone it is no text."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +107,17 @@ def matching(pattern: str) -> list[str]:
 
 def _lines(path: Path) -> Iterator[tuple[Callable[[], Any], str]]:
     """Yield what parses each line, and what names it."""
-    with _reading(path), open(path, encoding="utf-8-sig", newline="\n") as file:
+    with _reading(path), open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"'{path}' line {number}"
-                yield partial(_parsed, line, where), where
+                yield partial(parse_json, line, where), where
 
 
 def _listed(path: Path) -> Iterator[tuple[Callable[[], Any], str]]:
     """Yield the same for the records of a list."""
     with _reading(path):
-        rows = _parsed(path.read_text(encoding="utf-8-sig"), f"'{path}'")
+        rows = parse_json(path.read_bytes(), f"'{path}'")
     if not isinstance(rows, list):
         raise DataError(
             f"'{path}': expected a list of records, got {type(rows).__name__}. One record a line "
@@ -130,19 +134,42 @@ def _same(row: Any) -> Any:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Say what cannot be read. Editors on Windows begin a file with a byte order mark."""
+    """Say what cannot be read."""
     try:
         yield
     except FileNotFoundError:
         raise DataError(f"no such file: '{path}'. Give a task or a JSONL file.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"'{path}' is not UTF-8 text ({error}).") from None
     except OSError as error:
         raise DataError(f"'{path}' cannot be read ({error.strerror}).") from None
+    except ValueError as error:  # no path at all, as one with a null character
+        raise DataError(f"'{path}' cannot be read ({error}).") from None
 
 
-def _parsed(text: str, where: str) -> Any:
+def parse_json(content: bytes, where: str) -> Any:
+    """Parse JSON in UTF-8.
+
+    Args:
+        content: of a file, or a line of one. Editors on Windows begin a file with a mark of its
+            byte order.
+        where: names it in errors.
+
+    Raises:
+        DataError: it is neither.
+    """
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        at = f" line {line}" if line > 1 else ""
+        byte = f"byte 0x{content[error.start]:02x}: {error.reason}"
+        raise DataError(f"{where}{at} is not UTF-8 text ({byte}). Save it as UTF-8.") from None
+    try:
+        value = json.loads(text)
+        if _ESCAPED_HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(f"{where}: {half} is half of a character. Write both halves.") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}).") from None
+    return value

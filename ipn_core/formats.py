@@ -147,7 +147,7 @@ class Record:
     def _said(self, number: int, one: Any) -> tuple[str, str]:
         if not isinstance(one, dict) or not {"from", "value"} <= one.keys():
             raise self._talk(f"turn {number + 1} must have 'from' and 'value', got {one!r}")
-        role, text = _ROLES.get(one["from"]), one["value"]
+        role, text = _ROLES.get(str(one["from"])), one["value"]
         if role is None:
             raise self._talk(f"turn {number + 1} is from {one['from']!r}, not human or gpt")
         if not isinstance(text, str) or not text.strip():

@@ -12,7 +12,6 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Union
 
 from ipn_core.errors import ImageError
@@ -47,11 +46,15 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
 
     name = _describe(source)
     with warnings.catch_warnings():
-        # Pillow's own bomb warning comes at a limit of its own; ours is checked below.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # Pillow warns of bombs at a limit of its own, and of oddities that harm nobody.
+        warnings.simplefilter("ignore")
         try:
             image = _open(source)
             _check_size(image.size, max_pixels, name)
+            if image.format == "PNG" and not isinstance(source, Image.Image):
+                # Once it has all pixels, Pillow does not miss the rest of a file.
+                image.verify()
+                image = _open(source)
             image.load()
             image = ImageOps.exif_transpose(image)
             return _to_rgb(image)
@@ -127,9 +130,7 @@ def _open(source: ImageLike) -> Image.Image:
     if isinstance(source, bytes):
         return Image.open(io.BytesIO(source))
     if isinstance(source, (str, os.PathLike)):
-        if "\0" in os.fspath(source):
-            raise ImageError("a path cannot hold a null character. Give the path of a picture.")
-        return Image.open(Path(source))
+        return Image.open(_checked(os.fspath(source)))
     import numpy as np
 
     if isinstance(source, np.ndarray):
@@ -145,6 +146,15 @@ def _open(source: ImageLike) -> Image.Image:
     raise ImageError(
         f"an image must be a path, bytes, a PIL image or an array, got {type(source).__name__}."
     )
+
+
+def _checked(path: str) -> str:
+    """Return a path, unless it could not be opened or would be waited for, such as a pipe."""
+    if "\0" in path:
+        raise ImageError("a path cannot hold a null character. Give the path of a picture.")
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ImageError(f"'{path}' is no ordinary file. Give the path of a picture.")
+    return path
 
 
 def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:

@@ -6,7 +6,6 @@ are one sample.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ipn_core.errors import DataError, ImageError, IPNError, first_line
-from ipn_core.file_task import matching
+from ipn_core.file_task import matching, parse_json
 from ipn_core.formats import KEYS, Record
 from ipn_core.images import load_image
 from ipn_core.tasks import Example, Picture, ShardedTask
@@ -79,8 +78,11 @@ class TarTask(ShardedTask):
         except IPNError:
             raise
         except Exception as error:  # tarfile, zlib and the library have types of their own
+            # The library puts a message and what it was about into one error.
+            said = error.args[0] if len(error.args) > 1 else first_line(error)
             raise DataError(
-                f"'{shard}' is damaged or no tar file after {done} ({first_line(error)})"
+                f"'{shard}' is damaged or no tar file after {done} ({said}). Fetch or write it "
+                "again."
             ) from None
 
 
@@ -130,7 +132,4 @@ def _row(sample: Mapping[str, Any], where: str) -> Any:
             has = ", ".join(key for key in sample if not key.startswith("__"))
             raise DataError(f"{where}: it has neither .json nor .txt, but {has or 'nothing'}.")
         return None
-    try:
-        return json.loads(sample["json"])
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: its .json is not valid JSON ({error}).") from None
+    return parse_json(sample["json"], f"{where}: its .json")

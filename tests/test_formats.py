@@ -127,6 +127,10 @@ def test_a_document_says_what_follows_its_pictures(write: Any) -> None:
         (talk("<image>?", "x", image=[3]), r"'image' must be a path or a list of paths, got \[3\]"),
         ({"id": 7, "conversations": ["x"]}, "turn 1 must have 'from' and 'value', got 'x'"),
         ({"id": 7, "conversations": [{"from": "me", "value": "x"}]}, "turn 1 is from 'me', not"),
+        (
+            {"id": 7, "conversations": [{"from": ["me"], "value": "x"}]},
+            "turn 1 is from ..me.., not",
+        ),
         ({"id": 7, "images": [None], "texts": []}, "'images' has 1 places and 'texts' 0"),
         ({"id": 7, "images": ["a.png"], "texts": ["x"]}, "place 0 must hold either a picture or"),
         ({"id": 7, "images": [None], "texts": [3]}, "place 0 holds 3, not a text or a path"),

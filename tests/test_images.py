@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,39 @@ def test_a_file_cut_short_is_refused(kind: str, part: float) -> None:
         load_image(data[: int(len(data) * part)])
 
 
+@pytest.mark.parametrize("lost", [5, 12, 13, 20])
+def test_a_png_that_lacks_no_pixel_but_its_end_is_refused(lost: int, tmp_path: Path) -> None:
+    path = tmp_path / "cut.png"
+    path.write_bytes(encoded(RED)[:-lost])
+    for source in (path, path.read_bytes()):
+        with pytest.raises(ImageError, match="damaged or cut short"):
+            load_image(source)
+
+
+def test_a_moving_png_gives_its_first_frame(tmp_path: Path) -> None:
+    blue = Image.new("RGB", RED.size, "blue")
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(RED, save_all=True, append_images=[blue]))
+    assert load_image(path).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_what_pillow_thinks_of_a_damaged_file_is_no_news(recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.raises(ImageError):
+        load_image(encoded(RED, "TIFF")[:-20])
+    assert not recwarn.list
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_ordinary_file_is_refused_unread(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match=r"pipe.png' is no ordinary file. Give the path"):
+        load_image(tmp_path / "pipe.png")
+
+
 @pytest.mark.parametrize(
     ("source", "text"),
     [
+        ("", "no such file: ''. Give the path of a picture"),
         ("missing.png", "no such file: 'missing.png'. Give the path of a picture"),
         ("a\0b", "cannot hold a null character"),
         ("x" * 5000, r"cannot be read \(File name too long\). Give the path of a picture"),

@@ -132,7 +132,8 @@ def test_a_sample_may_hold_any_record_and_name_its_pictures(
     ("members", "reason"),
     [
         ({"k.png": "x"}, "it has neither .json nor .txt, but png"),
-        ({"k.json": "{"}, "its .json is not valid JSON"),
+        ({"k.json": "{"}, "its .json: not valid JSON"),
+        ({"k.json": b"\xff"}, "its .json is not UTF-8 text"),
         ({"k.json": question("?", "x")}, r"'image' must be a path or a list of paths, got None"),
         (
             {"k.a.png": "x", "k.b.png": "x", "k.json": question("?", "x", image="c.png")},
@@ -171,7 +172,7 @@ def test_a_damaged_tar_is_named_with_its_last_good_sample(
     with pytest.raises(DataError, match=rf"^'{tar}' is damaged or no tar file after sample '0' \("):
         open_task(str(tar), None, registry).examples("all")
     tar.write_bytes(b"no tar file at all")
-    with pytest.raises(DataError, match="no tar file after the beginning"):
+    with pytest.raises(DataError, match=r"no tar file after the beginning \(truncated header\)"):
         open_task(str(tar), None, registry).examples("all")
     with pytest.raises(DataError, match=r"no such file: '.*none.tar'"):
         open_task(str(tmp_path / "none.tar"), None, registry).examples("all")

@@ -27,8 +27,9 @@ def write(tmp_path: Path) -> Any:
         picture(ord(name[0])).save(tmp_path / name)
 
     def lines(*rows: Any) -> FileTask:
-        text = "\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows)
-        (tmp_path / "task.jsonl").write_text(text, encoding="utf-8")
+        text = [json.dumps(r) if isinstance(r, (dict, list)) else r for r in rows]
+        content = b"\n".join(t.encode() if isinstance(t, str) else t for t in text)
+        (tmp_path / "task.jsonl").write_bytes(content)
         return FileTask(tmp_path / "task.jsonl")
 
     return lines
@@ -74,10 +75,16 @@ def test_an_odd_line_separator_inside_a_text_does_not_split_it(write: Any) -> No
         ({**GOOD, "looks": True}, "'looks' must be a whole number of at least 0, got True"),
         ({**GOOD, "hops": [1]}, r"'hops' must be a text or a list of texts, got \[1\]"),
         ("[" * 100_000, "not valid JSON"),
+        ('{"image": "a.png", "looks": ' + "9" * 5000 + "}", "not valid JSON"),
+        (
+            '{"image": "a.png", "question": "a\\ud83d", "answer": "b"}',
+            r"\\ud83d is half of a character",
+        ),
+        (b'{"image": "a.png", "question": "\xff", "answer": "b"}', "is not UTF-8 text"),
     ],
 )
 def test_a_malformed_line_is_named_by_its_number(write: Any, row: Any, reason: str) -> None:
-    with pytest.raises(DataError, match=rf"task.jsonl' line 3: {reason}"):
+    with pytest.raises(DataError, match=rf"task.jsonl' line 3:? {reason}"):
         write(GOOD, "", row, GOOD).examples()
 
 
@@ -102,8 +109,13 @@ def test_a_file_that_cannot_be_read_is_refused(write: Any, tmp_path: Path) -> No
     with pytest.raises(DataError, match="holds no examples"):
         write("", " ").examples()
     (tmp_path / "task.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="is not UTF-8 text"):
+    with pytest.raises(DataError, match=r"task.jsonl' line 1 is not UTF-8 text"):
         FileTask(tmp_path / "task.jsonl").examples()
+    (tmp_path / "task.json").write_bytes(b"[\n\xff]")
+    with pytest.raises(DataError, match=r"task.json' line 2 is not UTF-8 text"):
+        FileTask(tmp_path / "task.json").examples()
+    with pytest.raises(DataError, match="cannot be read"):
+        FileTask("a\0.jsonl").examples()
     with pytest.raises(DataError, match="cannot be read"):
         FileTask(tmp_path).examples()
 

@@ -95,6 +95,16 @@ def test_eval_names_the_line_of_a_picture_that_does_not_decode(
     assert_refused(run, "a.jsonl' line 2: ", "text.png' is not an image")
 
 
+def test_eval_names_the_question_that_is_too_long(
+    home: Path, tmp_path: Path, ipn: Callable[..., Run]
+) -> None:
+    row = {"image": str(home / "scene.png"), "question": "q", "answer": "a"}
+    rows = [row, {**row, "question": "How many dogs " * 100 + "?"}, row]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = ipn("eval", tmp_path / "a.jsonl", "-m", home / "model")
+    assert_refused(run, "the prompt of 'How many dogs How many", "fit into the context")
+
+
 def test_eval_of_a_name_too_long_for_a_file(ipn: Callable[..., Run]) -> None:
     assert_refused(ipn("eval", "x" * 5000), "unknown task 'xxx")
     assert_refused(ipn("eval", "x" * 5000 + ".jsonl"), "cannot be read (File name too long)")
