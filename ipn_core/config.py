@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import pydantic
 import yaml
@@ -31,6 +31,27 @@ class Config(BaseModel):
     """Base of all configs; plugin authors subclass it with typed fields and defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, values: Any) -> Any:
+        """Refuse `steps: yes`, which pydantic would read as 1."""
+        wrong = [
+            name
+            for name, field in cls.model_fields.items()
+            if isinstance(values, Mapping)
+            and isinstance(values.get(name), bool)
+            and not {bool, Any} & (kinds := {*get_args(field.annotation), field.annotation})
+            and {int, float} & kinds
+        ]
+        if wrong:
+            what = (
+                "must be a number, got true"
+                if len(wrong) == 1
+                else ("must be numbers, got true or false")
+            )
+            raise ValueError(f"{' and '.join(wrong)} {what}")
+        return values
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -204,7 +225,7 @@ class PromptConfig(Config):
     """
 
     system: str | None = None
-    template: str | None = None
+    template: str | None = Field(default=None, min_length=1)
     before_image: str = ""
     after_image: str = ""
     before_next_image: str | None = None
@@ -313,7 +334,7 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     except OSError as error:
         raise ConfigError(f"'{path}' cannot be read ({error.strerror}).") from None
     try:
-        values = yaml.safe_load(text)
+        values = _read_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
@@ -321,6 +342,24 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     for assignment in overrides:
         set_by_path(values, assignment)
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which the last would win unsaid."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' stands twice", key.start_mark
+                )
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def set_by_path(values: dict[str, Any], assignment: str) -> None:
@@ -336,8 +375,8 @@ def set_by_path(values: dict[str, Any], assignment: str) -> None:
     if not found or not all(keys):
         raise ConfigError(f"'{assignment}' must look like key=value or key.key=value.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = _read_yaml(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"'{assignment}': {' '.join(str(error).split())}.") from None
     inner: Any = values
     for index, key in enumerate(keys):

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ipn_core.answer import Answer, Answers
 from ipn_core.clock import Clock
-from ipn_core.config import ComponentConfig, IPNConfig, Layout
+from ipn_core.config import BackboneConfig, ComponentConfig, IPNConfig, Layout
 from ipn_core.dialogue import Dialogue
 from ipn_core.engine import Engine
-from ipn_core.errors import ConfigError, IPNError, ShapeError, StageError
+from ipn_core.errors import ConfigError, IPNError, ShapeError, StageError, near
 from ipn_core.faults import naming, ran
 from ipn_core.fitting import check_fit, declared, refuse, sizes
 from ipn_core.generate import decode
@@ -140,6 +140,7 @@ class IPN(nn.Module):
             component = registry.get("backbone", config.backbone.name)
             adapter = component.load()
             with component.building():
+                _check_options(config.backbone, component.load_config())
                 backbone = adapter.load(config.backbone, registry)
                 # An adapter that does not know its own sizes was not built.
                 _ = backbone.D_hidden, backbone.template, backbone.eos_ids
@@ -440,6 +441,18 @@ class _Builder:
                 f"{kind} '{spec.name}' takes no options, got {', '.join(sorted(options))}."
             )
         return None
+
+
+def _check_options(given: BackboneConfig, schema: Any) -> None:
+    """Refuse keys that are neither every backbone's nor of the config registered with this one."""
+    if schema is None:
+        known = type(given).model_fields
+        for key in given.options:
+            raise ConfigError(
+                f"unknown key 'backbone.{key}': allowed are {', '.join(known)}{near(key, known)}."
+            )
+    else:
+        schema.parse(given.options, f"backbone {given.name}")
 
 
 def _request_words(backbone: Backbone, layout: Layout) -> Tensor | None:

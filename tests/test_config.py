@@ -11,6 +11,7 @@ from toys import toy_config, toy_model
 
 from ipn_core.config import Config, IPNConfig, Layout, load_yaml, set_by_path
 from ipn_core.errors import ConfigError, UnknownNameError
+from ipn_core.model import IPN
 
 BASE = {"backbone": "llama", "encoder": "tiny", "layout": {"rounds": 0}}
 ASKING = {"request": "hidden-state", "interact": "tiny-look", "inject": "tokens"}
@@ -35,6 +36,8 @@ def test_a_config_cannot_be_changed() -> None:
         ),
         ({"width": "wide"}, r"'x.width': input should be a valid integer.*got 'wide'"),
         ({"rate": float("nan")}, r"'x.rate': input should be a finite number.*got nan"),
+        ({"width": True}, "^'x': width must be a number, got true.$"),
+        ({"rate": False, "width": True}, "^'x': width and rate must be numbers, got true or false"),
         ([1], r"x must be a mapping of keys to values, got \[1\]"),
     ],
 )
@@ -95,6 +98,8 @@ def test_several_faults_are_told_together_a_line_each() -> None:
         (ASKING, "^'config': request and interact need layout.rounds > 0.$"),
         ({"backbone": {"name": "llama", "dtype": "int8"}}, r"backbone.dtype': .*'bfloat16'.*int8"),
         ({"encoder": None}, "config.encoder'"),
+        ({"layout": {"dynamic": True}}, "^'config.layout': dynamic must be a number, got true.$"),
+        ({"prompt": {"template": ""}}, "config.prompt.template': .*at least 1 character"),
     ],
 )
 def test_a_model_config_that_makes_no_sense_is_refused(changes: Any, text: str) -> None:
@@ -146,6 +151,8 @@ def test_unknown_strategies_components_and_options_are_refused(registry: Any) ->
         toy_model(registry, layot={})
     with pytest.raises(ConfigError, match="perceiver 'toy-linear' takes no options, got wide"):
         toy_model(registry, "toy-both", perceive={"name": "toy-linear", "wide": 1})
+    with pytest.raises(ConfigError, match=r"unknown key 'backbone.wieghts'.*mean 'weights'"):
+        IPN.from_config({**BASE, "backbone": {"name": "llama", "wieghts": "x"}}, registry=registry)
     with pytest.raises(ConfigError, match=r"'request.layer' must be between -3 and 2.* got 3"):
         toy_model(registry, request={"name": "hidden-state", "layer": 3})
 
@@ -179,6 +186,8 @@ def test_assignments_set_by_path(assignment: str, expected: Any) -> None:
         ("n.x=1", "'n' holds 3, which has no keys"),
         ("l.x=1", "'l.x': no 'x' in the list"),
         ("a=[", "'a=\\['"),
+        ("a=" + "9" * 5000, "Exceeds the limit"),
+        ("a={b: 1, b: 2}", "'b' stands twice"),
     ],
 )
 def test_wrong_assignments_are_refused(assignment: str, text: str) -> None:
@@ -196,12 +205,15 @@ def test_yaml_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         b"": "must hold a mapping",
         b"\xff\xfe\xff": "not UTF-8|not valid",
         b"a: !!python/object/apply:os.system ['true']": "is not valid YAML",
+        b"a: 1\nb:\n  c: 1\n  c: 2": "is not valid YAML: the key 'c' stands twice.*line 4",
     }.items():
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=text):
             load_yaml(path)
     path.write_text("a: {b: 1}")
     assert load_yaml(path) == {"a": {"b": 1}}
+    path.write_text("a: &a {b: 1, d: 2}\nc: {<<: *a, b: 3}")
+    assert load_yaml(path)["c"] == {"b": 3, "d": 2}
 
 
 def test_layout_defaults_are_the_papers() -> None:

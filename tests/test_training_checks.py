@@ -33,7 +33,7 @@ from ipn_core.stages import Interaction
 from ipn_core.testing.checkpoints import register_tiny
 from ipn_core.testing.interactions import TinyLook
 from ipn_core.training.checks import check_stages
-from ipn_core.training.config import DataConfig, StageConfig
+from ipn_core.training.config import DataConfig, StageConfig, TrainConfig
 from ipn_core.training.data import Data
 from ipn_core.training.loop import StageRun
 from ipn_core.training.objectives import Language
@@ -46,6 +46,25 @@ JOINT = {"language": 1.0, "answer-embedding": 0.3}
 
 
 # -- before anything is computed -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("of_stage", "more", "text"),
+    [
+        ({"betas": [0.9, 1.5]}, {}, "'c.stages.0.betas.1': .*less than 1, got 1.5"),
+        ({"objectives": {"language": 0}}, {}, "objectives.language': .*greater than 0, got 0"),
+        ({"objectives": {"language": -1.0}}, {}, "objectives.language': .*greater than 0, got -1"),
+        ({"steps": True}, {}, "'c.stages.0': steps must be a number, got true"),
+        ({}, {"seed": 2**32}, "'c.seed': .*less than 4294967296, got 4294967296"),
+        ({}, {"anew": ["interact"]}, "anew needs start_from"),
+    ],
+)
+def test_numbers_that_no_training_can_use_are_refused(
+    llm: Path, of_stage: dict[str, Any], more: dict[str, Any], text: str
+) -> None:
+    values = lesson(llm, {**stage("s", "language"), **of_stage}, **more)
+    with pytest.raises(ConfigError, match=text):
+        TrainConfig.parse(values, "c")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ipn_core.config import Config
 from ipn_core.errors import ConfigError, near
-from ipn_core.training.config import DataConfig, StageConfig
+from ipn_core.training.config import DataConfig, Factors, StageConfig
 
 __all__ = [
     "ArmConfig",
@@ -51,7 +51,7 @@ class Otherwise(Config):
         train: which parameters; those of the stage if there are none here.
     """
 
-    objectives: dict[str, float] = Field(min_length=1)
+    objectives: Factors = Field(min_length=1)
     train: tuple[str, ...] = ()
 
 

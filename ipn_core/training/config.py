@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
 from ipn_core.config import Config
 
-__all__ = ["DataConfig", "StageConfig", "TrainConfig"]
+__all__ = ["DataConfig", "Factors", "StageConfig", "TrainConfig"]
 
+Factors: TypeAlias = dict[str, Annotated[float, Field(gt=0)]]
+"""A factor by name."""
+_Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 _PREFIXES = 2.0
 
@@ -77,10 +80,10 @@ class StageConfig(Config):
     """
 
     name: str
-    objectives: dict[str, float] = Field(default={"language": 1.0}, min_length=1)
+    objectives: Factors = Field(default={"language": 1.0}, min_length=1)
     train: tuple[str, ...] = Field(min_length=1)
     freeze: tuple[str, ...] = Field(default=(), exclude_if=_unset)
-    rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default={}, exclude_if=_unset)
+    rates: Factors = Field(default={}, exclude_if=_unset)
     steps: int = Field(ge=1)
     group_by: Literal["picture", "question", "length"] = "picture"
     groups: int = Field(default=8, ge=1)
@@ -90,7 +93,7 @@ class StageConfig(Config):
     warmup: int = Field(default=50, ge=0)
     floor: float = Field(default=0.0, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.98)
     clip: float = Field(default=1.0, gt=0)
     validate_every: int = Field(default=0, ge=0)
 
@@ -128,7 +131,7 @@ class TrainConfig(Config):
     data: tuple[DataConfig, ...] = Field(min_length=1)
     validate_on: tuple[DataConfig, ...] = ()
     stages: tuple[StageConfig, ...] = Field(min_length=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     checkpointing: bool = Field(default=False, exclude_if=_unset)
     prefix_cache: float = Field(default=_PREFIXES, ge=0, exclude_if=_usual_prefixes)
@@ -143,6 +146,12 @@ class TrainConfig(Config):
     def _validation_is_no_stream(self) -> Self:
         if any(entry.stream for entry in self.validate_on):
             raise ValueError("what is validated on cannot be a stream")
+        return self
+
+    @model_validator(mode="after")
+    def _anew_instead_of_something(self) -> Self:
+        if self.anew and self.start_from is None:
+            raise ValueError("anew needs start_from: without it all weights begin new")
         return self
 
     @model_validator(mode="after")
