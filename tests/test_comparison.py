@@ -16,7 +16,8 @@ from lessons import lesson_registry
 
 from ipn_core.comparison.arms import Arm, Arms
 from ipn_core.comparison.config import CompareConfig
-from ipn_core.errors import ConfigError
+from ipn_core.comparison.executors import Ray
+from ipn_core.errors import ConfigError, UserError
 
 pytestmark = pytest.mark.usefixtures("own_training")
 
@@ -89,11 +90,68 @@ def test_arms_do_what_their_inputs_allow_and_say_what_they_cannot(llm: Path) -> 
         ("evaluate.0.shuffled", False, "shuffled: true"),
         ("sweep", {"arms": ["film"], "dynamic": [1]}, "sweep names film"),
         ("within", 0.00001, "must be within"),
+        ("arms.a/b", {"model": {}, "width": "x"}, "arm 'a/b' must be named by letters, digits"),
+        ("data.0.stream", 5, "a comparison reads all its data beforehand"),
+        ("sweep", {"arms": ["rvii"], "dynamic": [1, 1]}, "sweep.dynamic holds 1 twice"),
+        ("sweep", {"arms": ["rvii"], "dynamic": [0]}, "greater than or equal to 1, got 0"),
+        ("stages.0.train", ["interact", "intract"], "'intract' names nothing.*mean 'interact'"),
+        ("stages.0.otherwise.train", ["perceive", "foo"], "'foo' names nothing"),
+        ("stages.0.freeze", ["interact.gude"], "'freeze': 'interact.gude' names nothing.*guide"),
+        ("stages.1.rates", {"sluts": 2}, "'rates': 'sluts' names nothing.*slots"),
+        ("stages.1.freeze", ["*"], "'arms.rvii': .*'freeze' leaves nothing"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(llm: Path, path: str, value: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         arms(changed(comparing(llm), path, value))
+
+
+def test_what_is_frozen_or_slower_concerns_the_arms_that_have_it(llm: Path) -> None:
+    values = changed(comparing(llm), "stages.1.freeze", ["interact.guide"])
+    made = arms(changed(values, "stages.1.rates", {"perceive": 2, "inject": 0.5}))
+    told = {
+        name: (arm.stages[1].get("freeze"), arm.stages[1].get("rates"))
+        for (name, _), arm in made.items()
+    }
+    assert told == {
+        "rvii": (["interact.guide"], {"inject": 0.5}),
+        "rvii-constant": (["interact.guide"], {"inject": 0.5}),
+        "static": (None, {"perceive": 2}),
+    }
+
+
+def test_a_part_of_a_comparison_may_name_what_only_the_others_have(llm: Path) -> None:
+    config = CompareConfig.parse(comparing(llm), "comparing").only(["rvii"])
+    assert [arm.name for arm in Arms(config, lesson_registry()).make()] == ["rvii", "rvii-constant"]
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "said"),
+    [
+        ([{"task": "none.jsonl"}], "no such file: 'none.jsonl'"),
+        ([{"task": "colours", "split": "val"}, {"task": "colours", "split": "val"}], "'val' twice"),
+    ],
+)
+def test_what_is_asked_is_looked_at_before_anything_is_trained(
+    llm: Path, tmp_path: Path, evaluate: list[dict[str, Any]], said: str
+) -> None:
+    values = comparing(llm)
+    with pytest.raises(UserError, match=said):
+        comparison({**values, "evaluate": [*values["evaluate"], *evaluate]}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"digest": 3}'])
+def test_a_damaged_plan_is_refused(llm: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "compare.json").write_text(content)
+    with pytest.raises(UserError, match=r"compare.json' is damaged|with another config"):
+        comparison(comparing(llm), tmp_path, resume=True)
+
+
+def test_ray_is_missed_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"needs the package ray: pip install 'ipn-core\[ray\]'"):
+        Ray(1)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,11 @@ from ipn_core.errors import ConfigError, UserError
 from ipn_core.model import IPN
 from ipn_core.training.data import Data
 from ipn_core.training.objectives import build_objective
-from ipn_core.training.parameters import trainable
+from ipn_core.training.parameters import named, trainable
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ipn_core.plugins import Registry
 
 __all__ = ["Arm", "Arms"]
@@ -72,13 +74,15 @@ class Arms:
         self.registry = registry
         self.data = [Data(entry, registry, training=True) for entry in config.data]
         self._first: IPN | None = None
+        self._missed: dict[str, str] = {}
+        self._found: set[str] = set()
 
     def make(self) -> list[Arm]:
         """Return all arms: the main comparison's, then the sweep's.
 
         Raises:
-            ConfigError: an arm cannot be built, has another number of tokens, or no width brings
-                its parameters near the reference's.
+            ConfigError: an arm cannot be built, has another number of tokens, no width brings its
+                parameters near the reference's, or a stage names what no arm has.
         """
         names = [*self.config.arms, self.config.control]
         made = self._arms(names, self.config.dynamic)
@@ -87,6 +91,9 @@ class Arms:
             for dynamic in sweep.dynamic:
                 if dynamic != self.config.dynamic:
                     made += self._arms(sweep.arms, dynamic)
+        missed = [why for pattern, why in self._missed.items() if pattern not in self._found]
+        if missed and self.config.is_whole:
+            raise ConfigError(f"a stage names what no arm has: {missed[0]}")
         return made
 
     def _arms(self, names: Sequence[str], dynamic: int) -> list[Arm]:
@@ -182,12 +189,12 @@ class Arms:
 
     def _count(self, model: IPN) -> int:
         """Return how many parameters any stage of training may change."""
-        entries: dict[str, None] = {}
+        every: dict[str, nn.Parameter] = {}
         for stage in self.config.stages:
-            entries |= dict.fromkeys(stage.train)
-            entries |= dict.fromkeys(stage.otherwise.train if stage.otherwise else ())
-        found = _having(model, tuple(entries))
-        return sum(p.numel() for p in trainable(model, found).values()) if found else 0
+            other = stage.otherwise.train if stage.otherwise else ()
+            for patterns in filter(None, (stage.train, other)):
+                every |= self._trained(model, stage, patterns)[1]
+        return sum(p.numel() for p in every.values())
 
     def _stages(self, model: IPN, name: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
         stages, left_out = [], {}
@@ -198,13 +205,15 @@ class Arms:
                 serves, more = self._served(model, stage.otherwise.objectives)
                 refusals = {**refusals, **more}
                 wanted = stage.otherwise.train or wanted
-            train = _having(model, wanted)
+            which, _ = self._trained(model, stage, wanted)
             if refusals:
                 left_out[stage.name] = " ".join(refusals.values())
-            if not train:
+            if not which["train"]:
                 left_out[stage.name] = f"it has nothing of {', '.join(wanted)}"
-            if serves and train:
-                stages.append(_as_training(stage, serves, train))
+            if serves and which["train"]:
+                values = stage.model_dump(mode="json", exclude={"otherwise"}, exclude_unset=True)
+                values = {**values, "objectives": serves, **which}
+                stages.append({k: v for k, v in values.items() if v or k not in which})
         if not stages:
             raise ConfigError(f"'arms.{name}': it can do none of the stages. {left_out}")
         return stages, left_out
@@ -221,24 +230,41 @@ class Arms:
                 refusals[name] = str(error)
         return serves, refusals
 
+    def _trained(
+        self, model: IPN, stage: CompareStage, wanted: Sequence[str]
+    ) -> tuple[dict[str, Any], dict[str, nn.Parameter]]:
+        """Return what a stage trains in an arm: keys of its config, and the parameters by name.
 
-def _as_training(
-    stage: CompareStage, objectives: Mapping[str, float], train: Sequence[str]
-) -> dict[str, Any]:
-    values = stage.model_dump(mode="json", exclude={"otherwise"}, exclude_unset=True)
-    return {**values, "objectives": dict(objectives), "train": list(train)}
+        Of what the config names, each arm has its own part.
 
-
-def _having(model: IPN, entries: Sequence[str]) -> list[str]:
-    """Return those entries of `train` that name something in a model."""
-    kept = []
-    for entry in entries:
+        Args:
+            model: of the arm.
+            stage: says what is frozen and slower.
+            wanted: says what trains, as `train` does.
+        """
+        train = [p for p in wanted if self._has(p, lambda p: trainable(model, (p,)))]
+        found = trainable(model, train) if train else {}
+        freeze = [p for p in stage.freeze if self._has(p, lambda p: named(found, p, "freeze"))]
         try:
-            trainable(model, (entry,))
-        except ConfigError:
-            continue
-        kept.append(entry)
-    return kept
+            left = trainable(model, train, freeze) if train else {}
+        except ConfigError as error:
+            raise ConfigError(f"'arms.{model.name}': stage '{stage.name}': {error}") from None
+        rates = {
+            p: rate
+            for p, rate in stage.rates.items()
+            if self._has(p, lambda p: named(left, p, "rates"))
+        }
+        return {"train": train, "freeze": freeze, "rates": rates}, left
+
+    def _has(self, pattern: str, find: Callable[[str], object]) -> bool:
+        """Say whether a pattern names something here, and remember that it does so anywhere."""
+        try:
+            find(pattern)
+        except ConfigError as error:
+            self._missed.setdefault(pattern, str(error))
+            return False
+        self._found.add(pattern)
+        return True
 
 
 def _tokens(model: IPN) -> tuple[int, int, int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from ipn_core.config import Config
 from ipn_core.errors import ConfigError, near
@@ -22,6 +23,9 @@ __all__ = [
 
 CONTROL = "-constant"
 """What the name of the control adds to the reference's: equal parameters, but it cannot ask."""
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+"""An arm's: it names folders, too."""
+_Tokens: TypeAlias = Annotated[int, Field(ge=1, le=1024)]
 
 
 class ArmConfig(Config):
@@ -95,7 +99,7 @@ class SweepConfig(Config):
     """
 
     arms: tuple[str, ...] = Field(min_length=1)
-    dynamic: tuple[int, ...] = Field(min_length=1)
+    dynamic: tuple[_Tokens, ...] = Field(min_length=1)
     seeds: int = Field(default=1, ge=1)
 
 
@@ -120,7 +124,7 @@ class CompareConfig(Config):
 
     model: dict[str, Any]
     reference: str = "rvii"
-    dynamic: int = Field(default=4, ge=1, le=1024)
+    dynamic: _Tokens = 4
     arms: dict[str, ArmConfig] = Field(min_length=1)
     within: float = Field(default=0.05, gt=0, lt=1)
     data: tuple[DataConfig, ...] = Field(min_length=1)
@@ -131,6 +135,13 @@ class CompareConfig(Config):
     batch_size: int = Field(default=32, ge=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     save_every: int = Field(default=25, ge=1)
+
+    _part: bool = PrivateAttr(default=False)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all arms of the config are there; what a stage names may be others'."""
+        return not self._part
 
     @property
     def control(self) -> str:
@@ -152,7 +163,9 @@ class CompareConfig(Config):
         if sweep is not None:
             kept = tuple(name for name in sweep.arms if name in (*arms, self.control))
             sweep = sweep.model_copy(update={"arms": kept}) if kept else None
-        return self.model_copy(update={"arms": arms, "sweep": sweep})
+        part = self.model_copy(update={"arms": arms, "sweep": sweep})
+        part._part = part._part or arms.keys() != self.arms.keys()
+        return part
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
@@ -160,6 +173,12 @@ class CompareConfig(Config):
             raise ValueError(
                 f"reference '{self.reference}' is none of arms: {', '.join(self.arms)}"
             )
+        for name in self.arms:
+            if not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"arm '{name}' must be named by letters, digits, '.', '_' and '-': its jobs "
+                    "lie in folders of that name"
+                )
         if self.control in self.arms:
             raise ValueError(
                 f"arm '{self.control}' is made from the reference; take it out of arms"
@@ -170,6 +189,10 @@ class CompareConfig(Config):
             raise ValueError(
                 f"sweep names {', '.join(strange)}, but the arms are {', '.join(known)}"
             )
+        if self.sweep and (twice := _twice(self.sweep.dynamic)) is not None:
+            raise ValueError(f"sweep.dynamic holds {twice} twice")
+        if any(entry.stream for entry in self.data):
+            raise ValueError("a comparison reads all its data beforehand: take 'stream' out")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("stages must have different names")
@@ -178,3 +201,7 @@ class CompareConfig(Config):
                 "evaluate must hold an entry with shuffled: true, the control of asking"
             )
         return self
+
+
+def _twice(values: Sequence[int]) -> int | None:
+    return next((value for value in values if values.count(value) > 1), None)

@@ -92,16 +92,26 @@ class Ray(Executor):
     one of `workers` is started on this machine.
     """
 
-    def run(self, jobs: Sequence[Job], ended: Callable[[Job, str | None], object]) -> None:
-        """Hand all jobs to the cluster and wait for them; an interruption ends those that run."""
+    def __init__(self, workers: int | None = None) -> None:
+        """Choose how many jobs run at once on a cluster of this machine.
+
+        Raises:
+            UserError: ray is not installed.
+        """
+        super().__init__(workers)
         # Ray tells its makers about clusters unless it is told not to.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            import ray
+            import ray  # noqa: F401  # as early as it can be said
         except ImportError:
             raise UserError(
                 "--executor ray needs the package ray: pip install 'ipn-core[ray]'."
             ) from None
+
+    def run(self, jobs: Sequence[Job], ended: Callable[[Job, str | None], object]) -> None:
+        """Hand all jobs to the cluster and wait for them; an interruption ends those that run."""
+        import ray
+
         threads = max((job.threads for job in jobs), default=1)
         with _cluster(ray, self.workers * threads):
             threads = min(threads, _most_cores(ray))

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ipn_core.comparison.config import EvaluationConfig
-from ipn_core.errors import ConfigError
+from ipn_core.errors import CheckpointError, ConfigError
 from ipn_core.evaluation.evaluate import evaluate
 from ipn_core.files import atomic_write, lock, remove_unfinished
 from ipn_core.memory import keep_freed_memory
@@ -105,9 +105,19 @@ class Job:
 
     @classmethod
     def read(cls, path: Path) -> Job:
-        """Read what `write` wrote."""
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(folder=str(path.parent.absolute()), **values)
+        """Read what `write` wrote.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(folder=str(path.parent.absolute()), **values)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"'{path}' is damaged ({type(error).__name__}). Remove its folder, so that the job "
+                "is done anew."
+            ) from None
 
 
 def run_job(job: Job, registry: Registry | None = None) -> None:

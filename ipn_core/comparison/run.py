@@ -25,7 +25,7 @@ from ipn_core.comparison.job import Job
 from ipn_core.comparison.report import write_report
 from ipn_core.comparison.results import Results
 from ipn_core.comparison.timing import first_token
-from ipn_core.errors import ConfigError, TrainingError
+from ipn_core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ipn_core.files import atomic_write, remove_unfinished
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry, get_registry
@@ -81,9 +81,7 @@ class Comparison:
         self._check_folder(resume)
         self.executor = executor or Local()
         self.threads = max(1, (os.cpu_count() or 1) // self.executor.workers)
-        for entry in config.evaluate:
-            task = open_task(entry.task, entry.options, self.registry)
-            task.check_split(entry.split or task.default_split)
+        self._check_questions()
 
     def _check_folder(self, resume: bool) -> None:
         plan = self.folder / PLAN
@@ -94,11 +92,33 @@ class Comparison:
                 f"'{self.folder}' holds a comparison already. Go on with --resume, or choose "
                 "another folder with --out."
             )
-        if json.loads(plan.read_text(encoding="utf-8"))["digest"] != self.digest:
+        try:
+            found = json.loads(plan.read_text(encoding="utf-8"))["digest"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise CheckpointError(
+                f"'{plan}' is damaged ({type(error).__name__}). Choose another folder with --out."
+            ) from None
+        if found != self.digest:
             raise ConfigError(
                 f"'{self.folder}' holds a comparison with another config, so that going on would "
                 "mix the two. Use the same config, or another folder with --out."
             )
+
+    def _check_questions(self) -> None:
+        """Open what the arms are asked, so that a missing file does not come out after training."""
+        seen: set[tuple[str, str]] = set()
+        for entry in self.config.evaluate:
+            task = open_task(entry.task, entry.options, self.registry)
+            split = entry.split or task.default_split
+            if (entry.task, split) in seen:
+                raise ConfigError(
+                    f"'evaluate' has {entry.task} split '{split}' twice: scores are told apart by "
+                    "task and split. Take one of them out."
+                )
+            seen.add((entry.task, split))
+            task.check_split(split)
+            if not task.examples(split):
+                raise DataError(f"'{entry.task}' split '{split}' holds no examples.")
 
     def run(self) -> Path:
         """Do everything that is missing; returns the path of `report.md`.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ipn_core.model import IPN
     from ipn_core.training.config import StageConfig
 
-__all__ = ["choose", "factors", "groups", "trainable"]
+__all__ = ["choose", "factors", "groups", "named", "trainable"]
 
 _PARTS = {
     "perceive": "perceiver",
@@ -78,7 +78,7 @@ def trainable(
                 f"{_near(pattern, known)}. Start with one of {', '.join(starts)}."
             )
         chosen |= {name: known[name] for name in found}
-    left_out = {name for pattern in freeze for name in _named(chosen, pattern, "freeze")}
+    left_out = {name for pattern in freeze for name in named(chosen, pattern, "freeze")}
     if chosen and left_out == set(chosen):
         raise ConfigError("'freeze' leaves nothing of what 'train' names: shorten it.")
     return {name: p for name, p in chosen.items() if name not in left_out}
@@ -96,7 +96,7 @@ def factors(trained: Collection[str], rates: Mapping[str, float]) -> dict[str, f
     """
     found = dict.fromkeys(trained, 1.0)
     for pattern, factor in rates.items():
-        for name in _named(trained, pattern, "rates"):
+        for name in named(trained, pattern, "rates"):
             found[name] = factor
     return found
 
@@ -120,8 +120,17 @@ def groups(trained: Mapping[str, nn.Parameter], stage: StageConfig) -> list[dict
     ]
 
 
-def _named(names: Collection[str], pattern: str, key: str) -> list[str]:
-    """Return the names that a pattern of `key` matches."""
+def named(names: Collection[str], pattern: str, key: str) -> list[str]:
+    """Return the names that a pattern matches.
+
+    Args:
+        names: of what trains.
+        pattern: the start of a name, or a glob.
+        key: of the stage's config that holds it.
+
+    Raises:
+        ConfigError: it matches none.
+    """
     found = _matching(names, pattern)
     if not found:
         raise ConfigError(
