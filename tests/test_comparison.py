@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparing import comparing, comparison
+from comparing import comparing, comparison, outcomes
 from kills import run_killed
 from lessons import lesson_registry
 
@@ -209,7 +209,12 @@ def test_going_on_with_a_comparison_that_is_done_trains_nothing(llm: Path, done:
     model = done / "jobs" / "rvii-k2-seed0" / "train" / "model" / "model.safetensors"
     before = model.stat().st_mtime_ns
     rows = (done / "results.csv").read_text()
-    comparison(comparing(llm), done, resume=True).run()
+    later = ["ipn", "compare", "comparing.yaml", "--resume"]
+    for _ in range(2):
+        comparison(comparing(llm), done, resume=True, command=later).run()
+    made = (done / "report.md").read_text().split("## How it was made")[1]
+    assert "| command | `ipn compare comparing.yaml` |" in made
+    assert made.count("ipn compare comparing.yaml --resume") == 1
     assert model.stat().st_mtime_ns == before
     assert (done / "results.csv").read_text() == rows
 
@@ -263,10 +268,4 @@ def test_a_comparison_killed_at_twenty_moments_finds_the_same(llm: Path, tmp_pat
         name = kept.relative_to(tmp_path / "unbroken")
         assert (out / name).read_bytes() == kept.read_bytes()
     assert not list(out.rglob("*.tmp*"))
-    ours, theirs = (
-        list(csv.DictReader((folder / "results.csv").open()))
-        for folder in (out, tmp_path / "unbroken")
-    )
-    for row in (*ours, *theirs):
-        del row["peak_memory"]
-    assert ours == theirs
+    assert outcomes(out) == outcomes(tmp_path / "unbroken")

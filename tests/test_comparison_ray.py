@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from comparing import comparing
+from comparing import comparing, outcomes
 from layered import Environment, environment_with
 
 from ipn_core.comparison.job import Job
@@ -55,13 +53,8 @@ def done(environment: Environment, llm: Path, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    found = list(csv.DictReader((folder / "results.csv").open()))
-    return [{k: v for k, v in row.items() if k != "peak_memory"} for row in found]
-
-
 def test_it_finds_what_processes_find(done: Path) -> None:
-    assert rows(done / "ray") == rows(done / "local")
+    assert outcomes(done / "ray") == outcomes(done / "local")
     models = [p.relative_to(done / "ray") for p in (done / "ray").glob("jobs/*/train/model/*.saf*")]
     assert len(models) == 3
     for model in models:

@@ -6,6 +6,7 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def write_report(
         facts: how it was made: command, versions, commit and so on.
         first_token: of `timing.first_token`.
     """
-    atomic_write(folder / "results.csv", results.csv().encode())
-    plots = draw_plots(results, folder)
+    atomic_write(folder / "results.csv", results.csv(first_token).encode())
+    plots = draw_plots(results, folder, first_token)
     lead = [_asking_matters(results), *_against_the_blind(results)]
     tables = _tables(results, facts, first_token)
     atomic_write(folder / "report.md", _markdown(lead, tables, plots).encode())
@@ -80,11 +81,11 @@ def _against_the_blind(results: Results) -> list[str]:
             continue
         best, cell = max(others, key=lambda pair: pair[1].accuracy.mean)
         gap = mine.minus(cell)
-        verdict = "is above" if gap.low > 0 else "is below" if gap.high < 0 else "is level with"
+        verdict = "is below the best" if gap.high < 0 else "is level with the best"
         lines.append(
-            f"On {task} {split} `{results.reference}` ({_percent(mine)}) {verdict} every arm of "
-            f"equal budget that cannot ask; the best of them is `{best.name}` ({_percent(cell)}), "
-            f"the difference {_points(gap)}."
+            f"On {task} {split} `{results.reference}` ({_percent(mine)}) "
+            f"{'is above every' if gap.low > 0 else verdict} arm of equal budget that cannot ask; "
+            f"the best of them is `{best.name}` ({_percent(cell)}), the difference {_points(gap)}."
         )
     return lines
 
@@ -189,21 +190,22 @@ def _shuffled(results: Results) -> Table:
 
 
 def _differences(results: Results) -> Table:
+    first = [g for g in results.main if g.name == results.reference]
+    groups = [*first, *(g for g in results.main if g.name != results.reference)]
     rows = []
     for task, split in results.splits:
-        mine = results.asker.cell(task, split)
-        for group in results.main:
-            cell = group.cell(task, split)
-            if mine is None or cell is None or group.name == results.reference:
-                continue
-            rows.append(
-                (f"{task} {split}", f"`{group.name}`", _points(mine.minus(cell)), _p(mine, cell))
-            )
+        for one, other in combinations(groups, 2):
+            mine, theirs = one.cell(task, split), other.cell(task, split)
+            if mine is not None and theirs is not None:
+                names = (f"`{one.name}`", f"`{other.name}`")
+                gap = _points(mine.minus(theirs))
+                rows.append((f"{task} {split}", *names, gap, _p(mine, theirs)))
     return Table(
-        f"`{results.reference}` minus each other arm",
+        "Paired differences",
         "Points of accuracy over the same questions, with the 95 % interval over seeds and "
-        "pictures (paired bootstrap), and McNemar's exact p for the first seed.",
-        ("split", "arm", "difference", "p"),
+        "pictures (paired bootstrap), and McNemar's exact p for the first seed. Neither allows for "
+        "the number of pairs.",
+        ("split", "first", "second", "first minus second", "p"),
         rows,
     )
 
@@ -232,28 +234,30 @@ def _cost(results: Results, first_token: dict[str, Any]) -> Table:
     names = list(dict.fromkeys(s["name"] for g in results.main for s in g.arm["stages"]))
     rows = []
     for group in results.main:
-        rates = [group.rate(name) for name in names]
-        timed = first_token.get(group.name)
+        rates = [*(group.rate(name) for name in names), group.speed]
+        timed = first_token.get(group.name, {})
         rows.append(
             (
                 f"`{group.name}`",
                 f"{group.flops / 1e12:.3g}",
                 *("" if rate is None else f"{rate:.1f}" for rate in rates),
                 f"{group.peak_memory / 2**30:.2f}",
-                "" if timed is None else f"{timed['median']:.2f} ({timed['spread']})",
+                f"{1000 * timed['seconds']:.0f}" if "seconds" in timed else "",
+                f"{timed['median']:.2f} ({timed['spread']})" if timed else "",
             )
         )
     return Table(
         "What it costs",
         "Train TFLOPs count what is computed in the steps of training, and not the features and "
-        "requests, which are read once for all arms. Examples a second are medians of the log; "
-        "jobs may have run side by side. First token: seconds of an arm over those of the "
-        "reference, alternating in one process, median and quartiles.",
+        "requests, which are read once for all arms. Examples a second are medians of the log, and "
+        "over all stages weighted by how long each lasts; jobs may have run side by side. First "
+        "token: the arms alternate in one process; medians, and of the ratio quartiles, too.",
         (
             "arm",
             "train TFLOPs",
-            *(f"{name}, examples/s" for name in names),
+            *(f"{name}, examples/s" for name in (*names, "all stages")),
             "peak memory, GiB",
+            "first token, ms",
             "first token / reference",
         ),
         rows,

@@ -20,6 +20,7 @@ from ipn_core.evaluation.statistics import (
     by_pictures,
     mcnemar,
 )
+from ipn_core.training.config import StageConfig
 
 __all__ = ["Cell", "Group", "Results"]
 
@@ -119,6 +120,16 @@ class Group:
         """The largest of all seeds, in bytes."""
         return max(int(result["training"]["peak_memory"]) for result in self.results)
 
+    @property
+    def speed(self) -> float | None:
+        """Examples a second over all stages, each for as long as it lasts; None if unknown."""
+        stages = [StageConfig.parse(stage, self.name) for stage in self.arm["stages"]]
+        rates = [self.rate(stage.name) for stage in stages]
+        sizes = [s.steps * s.accumulate * s.groups * s.per_group for s in stages]
+        if None in rates:
+            return None
+        return sum(sizes) / sum(n / rate for n, rate in zip(sizes, rates, strict=True) if rate)
+
     def rate(self, stage: str) -> float | None:
         """Return the median examples a second of a stage, over the seeds."""
         found = [r["training"]["examples_per_s"].get(stage) for r in self.results]
@@ -210,15 +221,26 @@ class Results:
                 found.append((task, split, own, foreign))
         return found
 
-    def csv(self) -> str:
-        """Return a row for each arm, number of tokens, seed, split and type of question."""
+    def csv(self, first_token: dict[str, Any]) -> str:
+        """Return a row for each arm, number of tokens, seed, split and type of question.
+
+        Args:
+            first_token: of `timing.first_token`, of the arms of the main comparison.
+        """
         text = io.StringIO()
         out = csv.writer(text, lineterminator="\n")
         out.writerow(_COLUMNS)
         for group in self.groups:
             for seed, result in zip(group.seeds, group.results, strict=True):
+                timed = first_token.get(group.name, {}) if group.dynamic == self.dynamic else {}
+                costs = (
+                    f"{result['measured']['train_flops']:.4g}",
+                    "" if group.speed is None else f"{group.speed:.4g}",
+                    result["training"]["peak_memory"],
+                    f"{timed['seconds']:.4g}" if "seconds" in timed else "",
+                )
                 for score in result["scores"]:
-                    out.writerows(_rows(group, seed, result, score))
+                    out.writerows((*row, *costs) for row in _rows(group, seed, score))
         return text.getvalue()
 
 
@@ -241,13 +263,13 @@ _COLUMNS = (
     "low",
     "high",
     "train_flops",
+    "examples_per_s",
     "peak_memory",
+    "first_token_s",
 )
 
 
-def _rows(
-    group: Group, seed: int, result: dict[str, Any], score: dict[str, Any]
-) -> list[Sequence[Any]]:
+def _rows(group: Group, seed: int, score: dict[str, Any]) -> list[Sequence[Any]]:
     right = np.array([score["right"]], dtype=float)
     pictures = tuple(by_pictures(score["pictures"]))
     cell = Cell(right, tuple(score["types"]), pictures, None, {})
@@ -273,8 +295,6 @@ def _rows(
                 part.right.size,
                 int(part.right.sum()),
                 *(f"{x:.4f}" for x in (found.mean, found.low, found.high)),
-                f"{result['measured']['train_flops']:.4g}",
-                result["training"]["peak_memory"],
             )
         )
     return rows

@@ -74,6 +74,7 @@ class Comparison:
         self.config = config
         self.folder = folder
         self.command = list(command)
+        self._commands: list[str] = []
         self.registry = registry or get_registry()
         self.console = console or Console(stderr=True)
         same = config.model_dump(mode="json", exclude=_FREE)
@@ -131,8 +132,7 @@ class Comparison:
         self._note_arms(arms)
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.folder)
-        plan = {"digest": self.digest, "config": self.config.model_dump(mode="json")}
-        atomic_write(self.folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
+        self._write_plan()
         jobs = [job for arm in arms for job in self._jobs(arm)]
         for job in jobs:
             job.check()
@@ -144,6 +144,18 @@ class Comparison:
         path = write_report(results, self.folder, self._facts(jobs), self._first_token(jobs))
         self._note(path.read_text(encoding="utf-8").split("\n", 1)[0].replace("**", ""))
         return path
+
+    def _write_plan(self) -> None:
+        """Write down what is compared, and with which commands so far."""
+        path, command = self.folder / PLAN, shlex.join(self.command)
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self._commands = list(dict.fromkeys([*before.get("commands", []), command]))
+        plan = {
+            "digest": self.digest,
+            "commands": self._commands,
+            "config": self.config.model_dump(mode="json"),
+        }
+        atomic_write(path, (json.dumps(plan, indent=1) + "\n").encode())
 
     def _jobs(self, arm: Arm) -> list[Job]:
         main = arm.dynamic == self.config.dynamic
@@ -218,13 +230,14 @@ class Comparison:
             )
 
     def _first_token(self, jobs: Sequence[Job]) -> dict[str, Any]:
-        """Time the trained arms, or return what an earlier call found if their weights are gone."""
+        """Time the trained arms, unless an earlier call did or their weights are gone."""
         main = [j for j in jobs if j.arm["dynamic"] == self.config.dynamic and j.seed == 0]
         folders = {j.arm["name"]: Path(j.folder) / "train" / "model" for j in main}
         path = self.folder / FIRST_TOKEN
-        if not all(folder.is_dir() for folder in folders.values()):
-            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            return dict(found)
+        known: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+        timed = {name for name, one in known.items() if "seconds" in one}
+        if timed >= folders.keys() or not all(folder.is_dir() for folder in folders.values()):
+            return known
         entry = self.config.evaluate[0]
         task = open_task(entry.task, entry.options, self.registry)
         examples = task.examples(entry.split or task.default_split)[:6]
@@ -234,8 +247,10 @@ class Comparison:
 
     def _facts(self, jobs: Sequence[Job]) -> dict[str, str]:
         packages = ("torch", "transformers", "accelerate", "numpy")
+        first, *later = self._commands
         return {
-            "command": shlex.join(self.command),
+            "command": first,
+            **({"went on with": "; ".join(later)} if later else {}),
             "commit": _commit(),
             "seeds": f"0 to {self.config.seeds - 1}",
             "jobs": f"{len(jobs)}, {self.executor.workers} at once, {self.threads} threads each",

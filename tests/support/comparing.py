@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -68,13 +69,20 @@ def comparing(llm: Path, steps: int = 3) -> dict[str, Any]:
     }
 
 
+def outcomes(folder: Path) -> list[dict[str, str]]:
+    """The rows of `results.csv` without what a clock or the system measured."""
+    measured = ("examples_per_s", "first_token_s", "peak_memory")
+    with (folder / "results.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in measured} for row in csv.DictReader(file)]
+
+
 def comparison(values: dict[str, Any], folder: Path, **more: Any) -> Comparison:
     """A comparison that says nothing here; its console keeps what it says."""
     more.setdefault("executor", Here(1))
     more.setdefault("console", Console(file=io.StringIO()))
     config = CompareConfig.parse(values, "comparing")
-    command = ["ipn", "compare", "comparing.yaml"]
-    return Comparison(config, folder, command=command, registry=lesson_registry(), **more)
+    more.setdefault("command", ["ipn", "compare", "comparing.yaml"])
+    return Comparison(config, folder, registry=lesson_registry(), **more)
 
 
 if __name__ == "__main__":
