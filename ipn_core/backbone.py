@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ipn_core.checkpointing import checkpointed
-from ipn_core.errors import CheckpointError, ConfigError
+from ipn_core.errors import CheckpointError, ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -381,11 +381,13 @@ def load_tokenizer(source: Path | str, what: str, inner: str = "") -> PreTrained
     from ipn_core.locate import hub_error
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, subfolder=inner)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, subfolder=inner, trust_remote_code=False
+        )
         return tokenizer
     except Exception as error:
         found = hub_error(what, error) if isinstance(source, str) else None
-        why = " ".join(str(error).split()).rstrip(".")
+        why = first_line(error).rstrip(".")
         if isinstance(source, Path) and not any((source / inner).glob("*token*")):
             why = f"there is none in '{source / inner}'"
         raise found or CheckpointError(

@@ -58,6 +58,8 @@ def load_pretrained(
         model, info = cls.from_pretrained(
             source,
             use_safetensors=True,
+            # Said, because transformers asks the user on the terminal where it is not.
+            trust_remote_code=False,
             output_loading_info=True,
             # Else transformers raises at a wrong shape, and does not say of which tensor.
             ignore_mismatched_sizes=True,
@@ -128,7 +130,7 @@ def read_config(folder: Path, what: str) -> Any:
             "checkpoint in the format of transformers, or its hub id."
         )
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{what} have no config.json that transformers can read: {first_line(error)}"

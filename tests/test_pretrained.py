@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from toys import picture, toy_registry
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from ipn_core.backbone import Backbone
+from ipn_core.backbone import Backbone, load_tokenizer
 from ipn_core.config import BackboneConfig
 from ipn_core.errors import CheckpointError, DownloadError, StageError, UnknownNameError
 from ipn_core.hooks import hookimpl
 from ipn_core.model import IPN
 from ipn_core.plugins import add_plugin, get_registry
+from ipn_core.pretrained import read_config
 from ipn_core.testing.tiny import tiny_backbone, tiny_tokenizer
 from ipn_core.weights import Weights
 
@@ -85,6 +87,36 @@ def test_a_missing_tokenizer_is_told_in_whole_sentences(tmp_path: Path) -> None:
         f"'{tmp_path}'. Put the files beside the weights that its save_pretrained writes, such as "
         "tokenizer.json."
     )
+
+
+@pytest.fixture
+def coded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Weights that bring code, which says when it runs, and which nobody may ask the user about."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks whether to run code"))
+    save(tmp_path / "it", tiny_backbone().lm)
+    for name, kind in (("config.json", "Config"), ("tokenizer_config.json", "Tokenizer")):
+        path = tmp_path / "it" / name
+        content = {**json.loads(path.read_text()), "auto_map": {f"Auto{kind}": "code.It"}}
+        content |= {"model_type": "mine"} if kind == "Config" else {"tokenizer_class": "It"}
+        path.write_text(json.dumps(content))
+    (tmp_path / "it" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    return tmp_path / "it"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        load,
+        lambda folder: read_config(folder, "the weights"),
+        lambda folder: load_tokenizer(folder, "the weights"),
+        lambda folder: IPN.from_pretrained(f"llava:{folder}"),
+    ],
+    ids=["backbone", "config", "tokenizer", "import"],
+)
+def test_code_beside_weights_is_never_run_nor_asked_about(coded: Path, read: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"code"):
+        read(coded)
+    assert not (coded.parent / "ran").exists()
 
 
 def test_tied_embeddings_are_not_missing(tmp_path: Path) -> None:
