@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -59,6 +59,10 @@ class Backbone(nn.Module):
 
     TEMPLATE: ClassVar[str] = ""
     """Jinja chat template for tokenizers that have none."""
+
+    SHARES: ClassVar[bool] = False
+    """Whether the attention layers hand what the cache gives them to transformers' attention
+    function as it is, so that rows may share what lies in it (`ipn_core.shared_cache`)."""
 
     def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
@@ -243,6 +247,12 @@ class Backbone(nn.Module):
 
         return DynamicCache(config=self.lm.config)
 
+    @property
+    def shares(self) -> bool:
+        """Whether rows may share what lies in the cache now: nothing is learned through it."""
+        kind = getattr(self.lm.config, "_attn_implementation", None)
+        return self.SHARES and kind in ("sdpa", "eager") and not torch.is_grad_enabled()
+
     def extend(
         self,
         embeds: Tensor,
@@ -260,12 +270,14 @@ class Backbone(nn.Module):
             mask: (B, C + T) True for real tokens, None if all are.
             layers: further hidden layers to return, counted as transformers does.
         """
+        from ipn_core.shared_cache import reading
+
         self._refuse_checkpointing()
         before = int(cache.get_seq_length())
         count = len(self.layers)
         inner = sorted({i % (count + 1) for i in layers} - {count})
         again = self.checkpointing and torch.is_grad_enabled()
-        with checkpointed(self.layers, cache) if again else nullcontext():
+        with checkpointed(self.layers, cache) if again else reading(self.lm, cache):
             output = self.lm.base_model(
                 inputs_embeds=embeds,
                 attention_mask=None if mask is None else mask.long(),

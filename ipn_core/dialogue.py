@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from ipn_core.clock import Clock
 from ipn_core.features import VisualFeatures
 from ipn_core.plan import Plan
 from ipn_core.prompt import Content, Prompt, Shown, Text, Turn
-from ipn_core.segments import TokenCounts
 from ipn_core.stages import Percept
 
 if TYPE_CHECKING:
@@ -72,11 +70,11 @@ class Dialogue:
         percept = _joined(percepts, model)
         clock.lap("perceive")
         rest = plan.after(self._fed) if self._state is not None else None
-        if rest is None:
+        if rest is None or self._state is None:
             # The template writes an earlier turn differently now that another follows.
             state, fed, rest = None, [], plan
         else:
-            state, fed = _copy(self._state), list(self._fed)
+            state, fed = self._state.fork(), list(self._fed)
         answers, state, holds_answer = decode(model, [rest], percept, options, clock, state=state)
         answer = answers[0]
         said: list[int | Piece] = []
@@ -138,20 +136,3 @@ def _looker(percepts: Sequence[Percept]) -> Any:
         )
 
     return look
-
-
-def _copy(state: State | None) -> State | None:
-    """A state whose lists may grow without touching the original's; the cache is shared.
-
-    A turn that fails half-way must leave the dialogue as it was, so the cache is copied too.
-    """
-    if state is None:
-        return None
-    fresh = copy.copy(state)
-    fresh.cache = copy.deepcopy(state.cache)
-    fresh.lengths = list(state.lengths)
-    fresh.pictures = [list(p) for p in state.pictures]
-    fresh.told = [list(t) for t in state.told]
-    fresh.looks = []
-    fresh.counts = [TokenCounts() for _ in state.counts]
-    return fresh

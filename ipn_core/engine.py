@@ -91,6 +91,19 @@ class Engine:
             clock.lap("prefill")
         return Prefix(state, own, rest.mask.to(own.device))
 
+    def read(self, plans: Sequence[Plan], percept: Percept) -> State:
+        """Run plans to their end, for prompts that go on from them; returns what is in the cache.
+
+        Args:
+            plans: beginnings of prompts.
+            percept: features and static tokens of the prompts' pictures.
+        """
+        segments, state = self._segments(plans, percept, None)
+        with closing(self._walk(segments, state, percept)) as steps:
+            for _ in steps:
+                pass
+        return state
+
     def loss(
         self, plans: Sequence[Plan], percept: Percept, prefixes: PrefixCache | None = None
     ) -> tuple[Tensor, int, State]:
@@ -345,11 +358,10 @@ class Engine:
             hidden = {**out.hidden, -1: out.last}
         return hidden
 
-    @staticmethod
-    def _enter(part: Part, embeds: Tensor, state: State) -> Tensor:
+    def _enter(self, part: Part, embeds: Tensor, state: State) -> Tensor:
         """Give a part its rows of the cache; returns its embeddings (n, L, D_in)."""
         if part.parents != list(range(len(state.mask))):
-            state.select(part.parents)
+            state.select(part.parents, self.model.backbone.shares)
         if part.order is None:
             return embeds
         rows = torch.tensor(part.rows, device=embeds.device)
@@ -379,7 +391,7 @@ class Engine:
         parts, index = self._divide(segment, percept, state)
         hidden = self._run(parts, embeds, state, wanted)
         if index != list(range(len(state.mask))):
-            state.select(index)
+            state.select(index, self.model.backbone.shares)
             spread = torch.tensor(index, device=embeds.device)
             hidden = {layer: states[spread] for layer, states in hidden.items()}
         self._count(state, segment.mask.sum(1))

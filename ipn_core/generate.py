@@ -96,6 +96,8 @@ def _generate(
     """
     from transformers import LogitsProcessorList
 
+    from ipn_core.shared_cache import reading
+
     options = dict(options)
     state, lm, rows = prefix.state, model.backbone.lm, len(prefix.mask)
     repeats, _ = repeats_of(options)
@@ -108,7 +110,7 @@ def _generate(
     processors = LogitsProcessorList(options.pop("logits_processor", None) or [])
     processors.extend(prompt_processors(options, lm.generation_config, texts, looked))
     layers, faults = model.engine.layers(state, percept, repeats), model.driving("forward", lm)
-    with layers, clock.decoding(lm), faults:
+    with layers, clock.decoding(lm), faults, reading(lm, state.cache):
         output = lm.generate(
             inputs_embeds=torch.cat([held, prefix.embeds], dim=1),
             attention_mask=mask.long(),

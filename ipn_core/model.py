@@ -38,6 +38,7 @@ from ipn_core.stages import (
     Requester,
     VisionEncoder,
 )
+from ipn_core.subject import Subject
 from ipn_core.tasks import Picture
 
 if TYPE_CHECKING:
@@ -385,6 +386,10 @@ class IPN(nn.Module):
     def dialogue(self, images: Sequence[Any] = ()) -> Dialogue:
         """Start a dialogue about pictures; see `Dialogue.ask`."""
         return Dialogue(self, images)
+
+    def about(self, images: Sequence[Any]) -> Subject:
+        """Read pictures that many questions are to be asked about; see `Subject.ask`."""
+        return Subject(self, images)
 
     def forward(
         self,

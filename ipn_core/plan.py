@@ -118,21 +118,30 @@ class Plan:
         mine = self.entries
         if mine[: len(fed)] != list(fed):
             return None
-        rest: list[Piece] = []
-        for entry in mine[len(fed) :]:
-            if not isinstance(entry, int):
-                rest.append(entry)
-            elif rest and isinstance(rest[-1], Tokens):
-                rest[-1] = Tokens((*rest[-1].ids, entry))
-            else:
-                rest.append(Tokens((entry,)))
         past = tuple(entry for entry in fed if isinstance(entry, int))
-        return Plan(tuple(rest), self.images, self.question, past)
+        return Plan(_joined(mine[len(fed) :]), self.images, self.question, past)
+
+    def until(self, count: int) -> Plan:
+        """Return what the plan begins with, so many entries, nothing of which is learned."""
+        return Plan(_joined(self.entries[:count]), self.images)
 
     @property
     def text_ids(self) -> list[int]:
         """All ids of text, those in the cache included."""
         return [*self.past, *(i for p in self.pieces if isinstance(p, Tokens) for i in p.ids)]
+
+
+def _joined(entries: Sequence[int | Piece]) -> tuple[Piece, ...]:
+    """Return the pieces that entries came from."""
+    found: list[Piece] = []
+    for entry in entries:
+        if not isinstance(entry, int):
+            found.append(entry)
+        elif found and isinstance(found[-1], Tokens):
+            found[-1] = Tokens((*found[-1].ids, entry))
+        else:
+            found.append(Tokens((entry,)))
+    return tuple(found)
 
 
 class Planner:

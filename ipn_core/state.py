@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -66,14 +67,43 @@ class State:
         """C, padding included."""
         return int(self.mask.shape[1])
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows of cache and mask, in this order; one may be named several times."""
+    def select(self, rows: Sequence[int], shares: bool = False) -> None:
+        """Keep these rows of cache and mask, in this order; one may be named several times.
+
+        Args:
+            rows: which.
+            shares: whether rows may share what lies in the cache; it is copied otherwise.
+        """
+        from ipn_core.shared_cache import share, worth_sharing
+
         index = torch.tensor(rows, device=self.mask.device)
-        if self.length:
+        if self.length and shares and worth_sharing(self.cache, rows):
+            share(self.cache, rows)
+        elif self.length:
             layers: list[Any] = self.cache.layers
             for layer in layers:
                 layer.batch_select_indices(index.to(layer.keys.device))
         self.mask = self.mask[index]
+
+    def fork(self, share: bool = False) -> State:
+        """Return a state that goes on from this one and leaves it as it is.
+
+        Args:
+            share: whether what lies in the cache may be shared with the original; the cache then
+                need not hold it once more as it grows.
+        """
+        from ipn_core import shared_cache
+
+        fresh = copy.copy(self)
+        fresh.cache = shared_cache.fork(self.cache) or copy.deepcopy(self.cache)
+        if share and shared_cache.worth_reading_apart(fresh.cache):
+            shared_cache.share(fresh.cache, range(len(self.mask)))
+        fresh.lengths = list(self.lengths)
+        fresh.pictures = [list(p) for p in self.pictures]
+        fresh.told = [list(t) for t in self.told]
+        fresh.looks = []
+        fresh.counts = [TokenCounts() for _ in self.counts]
+        return fresh
 
     def remember(
         self, rows: Sequence[int], keys: Tensor, values: Tensor, backbone: Backbone

@@ -18,6 +18,7 @@ class Llama(Backbone):
     """
 
     MODEL_TYPES = ("llama",)
+    SHARES = True
     TEMPLATE = (
         "{{ bos_token or '' }}{% for message in messages %}"
         "{% if not loop.first %}{{ '\\n' }}{% endif %}{{ message['content'] }}"

@@ -18,6 +18,7 @@ class Opt(Backbone):
     """
 
     MODEL_TYPES = ("opt",)
+    SHARES = True
     TEMPLATE = (
         "{{ bos_token or '' }}{% for message in messages %}"
         "{% if message['role'] == 'user' %}{{ 'Question: ' + message['content'] + '\\n' }}"
