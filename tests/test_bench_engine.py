@@ -10,6 +10,7 @@ import torch
 
 from ipn_core.benchmarking.engine import subjects
 from ipn_core.benchmarking.engine.first_token import setup_first_token
+from ipn_core.benchmarking.engine.questions import QUESTIONS, Album
 from ipn_core.benchmarking.engine.report import text
 from ipn_core.benchmarking.engine.table import Found, Session, measure
 from ipn_core.benchmarking.engine.training import Steps, setup_steps
@@ -21,12 +22,19 @@ pytestmark = pytest.mark.usefixtures("small_interaction")
 
 @pytest.fixture
 def session(monkeypatch: pytest.MonkeyPatch) -> Session:
-    monkeypatch.setattr(subjects, "backbone", lambda: (tiny_backbone(), "a toy"))
+    monkeypatch.setattr(subjects, "backbone", lambda: (tiny_backbone(positions=2048), "a toy"))
     return Session(short=True, count=2)
 
 
 GOALS = {
     "first-token-128": {"one request round : its floor": 1.05},
+    "questions": {
+        "LLaVA : one after the other": 3.0,
+        "LLaVA, its cache kept : one after the other": 1.0,
+        "LLaVA : one batch": 6.0,
+    },
+    "decoding": {"plain generate : after a look": 0.98},
+    "ragged-batch": {"8 single runs : the batch": 2.5},
     "training": {
         "asked, the beginning run each step : static tokens in front": 0.6,
         "asked, the beginning from the cache : static tokens in front": 0.25,
@@ -55,6 +63,15 @@ def test_rows_that_find_different_tokens_are_not_timed() -> None:
         case.embeds[:, -1] += 100.0
     with pytest.raises(AssertionError, match="the rows find different first tokens"):
         case.check()
+
+
+def test_ways_of_asking_that_answer_otherwise_are_not_timed() -> None:
+    album = Album(tiny_backbone("llama-gqa", positions=2048), QUESTIONS[::4])
+    album.check()
+    with torch.no_grad():
+        album.ours.slots.image += 1
+    with pytest.raises(AssertionError, match="'one after the other' answers"):
+        album.check()
 
 
 @pytest.fixture

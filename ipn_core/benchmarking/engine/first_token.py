@@ -173,6 +173,16 @@ class Case:
         embeds[:, self.prefix - 1] = model.slots.request.detach()
         return embeds
 
+    @cached_property
+    def filled(self) -> Tensor:
+        """(1, prefix + rest, D_in) the prompt's inputs, what the look brings among them."""
+        before, after = self.embeds[:, : self.prefix], self.embeds[:, self.prefix + K :]
+        lm: Any = self.model.backbone.lm.base_model
+        with torch.no_grad():
+            hidden = lm(inputs_embeds=before, use_cache=False).last_hidden_state[:, -1:]
+            message = self._look(self._request(hidden))
+            return torch.cat([before, self._inject(message), after], dim=1)
+
     def _request(self, hidden: Tensor) -> Request:
         assert self.model.requester is not None
         request = self.model.requester(RequestContext(hidden, [0]))
