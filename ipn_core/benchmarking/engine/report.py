@@ -42,6 +42,8 @@ def amount(value: float, unit: str) -> str:
     """Return a value in a unit of its size."""
     if unit == "ratio":
         return f"{value:.3f}" if abs(value) >= 0.05 else f"{value:.2g}"
+    if unit == "bytes":
+        return f"{value / 1e6:,.1f} MB" if abs(value) >= 1e5 else f"{value:,.0f} bytes"
     if unit != "s":
         return f"{value:,.1f} {unit}"
     if abs(value) >= 1:

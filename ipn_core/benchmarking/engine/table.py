@@ -29,6 +29,8 @@ ROWS = {
     "ragged-batch": "ipn_core.benchmarking.engine.decoding:measure_ragged",
     "training": "ipn_core.benchmarking.engine.training:measure",
     "training-all": "ipn_core.benchmarking.engine.training:measure_all",
+    "memory": "ipn_core.benchmarking.engine.memory:measure",
+    "commands": "ipn_core.benchmarking.engine.commands:measure",
     "machinery": "ipn_core.benchmarking.engine.machinery:measure",
 }
 """By name, the function that measures a row: it takes a `Session` and returns a `Found`."""
