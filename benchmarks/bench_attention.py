@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from benchmarks.attention_cells import GRIDS, NOTES
-from benchmarks.measuring import threads
 from benchmarks.replay import recorded, replay
 from benchmarks.results import Row
 from benchmarks.sections import Book
@@ -27,6 +26,7 @@ from ipn_core.attention.choice import Case
 from ipn_core.attention.dispatch import choose
 from ipn_core.attention.drawing import label
 from ipn_core.attention.timing import Timing, Trial, fastest
+from ipn_core.benchmarking.engine.timing import threads
 from ipn_core.plugins import get_registry
 
 SECTION = "attention"

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.measuring import threads
 from benchmarks.results import Row, store
+from ipn_core.benchmarking.engine.timing import threads
 
 __all__ = ["Book"]
 
