@@ -178,7 +178,12 @@ class Registry:
         """
         found = self.components[kind].get(name)
         if found is None:
-            raise unknown_name(kind, name, self.components[kind], "ipn plugins")
+            said = str(unknown_name(kind, name, self.components[kind], "ipn plugins"))
+            others = [other for other in KINDS if name in self.components[other]]
+            if others:
+                named = (f"{'an' if other[0] in 'aeiou' else 'a'} {other}" for other in others)
+                said += f" '{name}' is the name of {' and of '.join(named)}."
+            raise UnknownNameError(said)
         return found
 
     def of(self, plugin: Plugin) -> Iterator[Component]:

@@ -147,6 +147,13 @@ def test_an_unknown_component_lists_what_there_is() -> None:
         discover().get("backbone", "lama")
 
 
+def test_a_name_of_another_kind_is_told_so() -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        discover().get("interaction", "qformer")
+    said = "See 'ipn plugins'. 'qformer' is the name of a perceiver and of a strategy."
+    assert str(caught.value).endswith(said)
+
+
 def test_add_plugin_raises_what_discovery_would_report() -> None:
     class Wrong:
         @hookimpl
