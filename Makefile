@@ -4,18 +4,23 @@
 # make test-slow  the rest: trainings that are killed and resumed, two processes
 # make test-gpu   what needs a CUDA device
 # make compare    a reduced comparison at equal budget (under 30 minutes on 2 cores)
-# make bench      the benchmarks
+# make bench      the benchmarks, their results, and the documents that show them (20 minutes on 2 cores)
+# make bench-gpu  the same on a CUDA device
 # make lint       ruff and mypy
 #
 # Another Python: make setup PYTHON=python3.12
+# A trial of the benchmarks that touches no document:
+#   make bench RESULTS=/tmp/trial BENCH="--grid short --row-seconds 0.02 --no-check"
 
 PYTHON ?= python3
+RESULTS ?= benchmarks/results
+BENCH ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 MEMBERS := $(wildcard plugins/*/pyproject.toml backbones/*/pyproject.toml)
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test test-slow test-gpu compare bench lint
+.PHONY: setup demo test test-slow test-gpu compare bench bench-gpu lint cuda
 
 setup: $(STAMP)
 
@@ -43,7 +48,7 @@ test-slow: $(STAMP)
 	@$(BIN)/ipn models pull smollm2-135m-instruct
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
-test-gpu: $(STAMP)
+test-gpu: cuda
 	$(BIN)/python -m pytest -m gpu
 
 compare: $(STAMP)
@@ -53,8 +58,24 @@ compare: $(STAMP)
 	  stages.answer.steps=300 stages.verbalise.steps=50 stages.instruct.steps=30 \
 	  evaluate.0.limit=400 evaluate.1.limit=200 evaluate.2.limit=200 evaluate.3.limit=200
 
+# The documents are filled also where a benchmark fails: its row says so.
+MEASURE = $(BIN)/python -m pytest benchmarks --benchmark-quiet --timeout 7200 --results $(RESULTS)
+RENDER = status=$$?; $(BIN)/python -m benchmarks.render --results $(RESULTS) && exit $$status
+
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks
+	@$(BIN)/ipn models pull smollm2-135m-instruct
+	$(MEASURE) -m "not gpu" $(BENCH); $(RENDER)
+
+bench-gpu: cuda
+	$(MEASURE) -m gpu $(BENCH); $(RENDER)
+
+# What the targets for a GPU need, so that they need nothing else.
+cuda: $(STAMP)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
+	  "torch %s sees no CUDA device. This needs one, its driver, and a torch built for CUDA in .venv: " \
+	  "see the selector on pytorch.org for the command that installs it." % torch.__version__)'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[cuda]"
+	@$(BIN)/ipn models pull smollm2-135m-instruct
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from benchmarks.attention_cells import GRIDS, NOTES
+from benchmarks.grids import Grid
 from benchmarks.replay import recorded, replay
 from benchmarks.results import Row
 from benchmarks.sections import Book
@@ -26,10 +27,8 @@ from ipn_core.attention.choice import Case
 from ipn_core.attention.dispatch import choose
 from ipn_core.attention.drawing import label
 from ipn_core.attention.timing import Timing, Trial, fastest
-from ipn_core.benchmarking.engine.timing import threads
 from ipn_core.plugins import get_registry
 
-SECTION = "attention"
 AUTO, RATIO = "auto", "auto over the fastest"
 LIMIT = 1.05
 """How much longer `auto` may take than the fastest backend."""
@@ -38,7 +37,6 @@ CLOSE = 1.5
 AGAIN = 2
 """How often a ratio above the limit is measured anew, three times as long each: the fastest of
 several that are alike is found by chance, too."""
-SECONDS = {"cpu": 0.1, "cuda": 0.02}
 
 
 # -- what is timed ---------------------------------------------------------------------------------
@@ -112,71 +110,33 @@ def over_fastest(found: Mapping[str, Timing]) -> tuple[str, list[float]]:
 # -- the rows --------------------------------------------------------------------------------------
 
 
-def grid_of(config: pytest.Config, device: str) -> str:
-    """Return how much is timed on a device; where it is not there, what says so is short."""
-    if device == "cuda" and not torch.cuda.is_available():
-        return "short"
-    return config.getoption("--grid") or ("full" if device == "cuda" else "usual")
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for each cell and backend, those of a cell one after the other."""
-    if "case" not in metafunc.fixturenames:
-        return
-    names = (*sorted(get_registry().entries("attention")), AUTO, RATIO)
-    rows = [
-        pytest.param(
-            device,
-            case,
-            name,
-            id=f"{device} {label(case)} {name}",
-            marks=[pytest.mark.gpu] if device == "cuda" else [],
-        )
-        for device in ("cpu", "cuda")
-        for case in GRIDS[grid_of(metafunc.config, device)]()
-        for name in names
-    ]
-    metafunc.parametrize(("device", "case", "name"), rows, indirect=["device"])
-
-
-class Cells:
-    """The cell that was measured last; its rows are asked for one after the other."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds = seconds
-        self._last: tuple[Case, torch.device, Cell] | None = None
-
-    def get(self, case: Case, device: torch.device) -> Cell:
-        """Return a cell; it is measured on the first call, with all cores."""
-        if self._last is None or self._last[:2] != (case, device):
-            with threads(None):
-                trial = setup_attention(case, device)
-                seconds = SECONDS[device.type] if self.seconds is None else self.seconds
-                self._last = (case, device, measure(trial, seconds))
-        return self._last[2]
+GRID = Grid[Case, Cell](
+    section="attention",
+    levels=GRIDS,
+    notes=NOTES,
+    names=(*sorted(get_registry().entries("attention")), AUTO, RATIO),
+    label=label,
+    measure=lambda case, device, seconds: measure(setup_attention(case, device), seconds),
+    seconds={"cpu": 0.1, "cuda": 0.02},
+)
+pytest_generate_tests = GRID.parametrize
 
 
 @pytest.fixture(scope="module")
-def cells(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Cells]:
-    """What measures, with a table of the fastest of its own."""
+def entered(
+    request: pytest.FixtureRequest,
+    book: Book,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Book]:
+    """The book, open for these rows; and a table of the fastest of this run's own."""
+    GRID.open(book, request.config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IPN_CACHE", str(tmp_path_factory.mktemp("tables")))
         patch.setenv(choice.SWITCH, "on")
         choice.forget()
-        yield Cells(request.config.getoption("--row-seconds"))
+        yield book
     choice.forget()
-
-
-@pytest.fixture(scope="module")
-def entered(request: pytest.FixtureRequest, book: Book, device: torch.device) -> Book:
-    """The book, open for the rows of a device."""
-    grid = grid_of(request.config, device.type)
-    names = (*get_registry().entries("attention"), AUTO, RATIO)
-    expected = {f"{label(case)} / {name}" for case in GRIDS[grid]() for name in names}
-    book.open(SECTION, device.type, frozenset(expected), notes=(NOTES[grid],))
-    return book
+    GRID.close()
 
 
 @pytest.mark.benchmark(timer=recorded)
@@ -184,13 +144,12 @@ def test_attention(
     device: torch.device,
     case: Case,
     name: str,
-    cells: Cells,
     entered: Book,
     request: pytest.FixtureRequest,
 ) -> None:
-    cell = cells.get(case, device)
+    cell = GRID.get(request.config, case, device)
     row = cell.row(name)
-    entered.enter(SECTION, device.type, row)
+    entered.enter(GRID.section, device.type, row)
     if name == RATIO:
         if row.misses_goal() and not request.config.getoption("--no-check"):
             pytest.fail(f"{row.name}: {row.median:.3f}, more than {LIMIT}", pytrace=False)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from benchmarks.results import store
+from benchmarks.results import command, store
 from ipn_core.benchmarking.engine.report import goal, text
 from ipn_core.benchmarking.engine.table import Found
 
@@ -34,7 +34,13 @@ def report(
         for one in found:
             print(f"\n{text(one)}")
     rows = [row for one in found for row in one.rows]
-    store(section, rows, notes=[f"language model: {llm}", *notes(found)])
+    store(
+        section,
+        rows,
+        notes=[f"language model: {llm}", *notes(found)],
+        again=command(request.path.name),
+        folder=request.config.getoption("--results"),
+    )
     if (said := missed(found)) and not request.config.getoption("--no-check"):
         pytest.fail(said, pytrace=False)
 

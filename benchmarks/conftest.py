@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.results import FOLDER, Row, store
+from benchmarks.results import FOLDER, Row, command, store
 from benchmarks.sections import Book
 
-DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+KINDS = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 BOOK = pytest.StashKey[Book]()
 
 
@@ -26,29 +26,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--row-seconds", type=float, help="about how long a row is timed")
     group.addoption(
+        "--threads", type=int, help="of the CPU: by default one a core, fewer on a busy machine"
+    )
+    group.addoption(
         "--results", type=Path, default=FOLDER, metavar="DIR", help="where results are written"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Open the book that rows are entered in."""
-    config.stash[BOOK] = Book(config.getoption("--results"))
+    config.stash[BOOK] = Book(config.getoption("--results"), config.getoption("--threads"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Let what asks for a device run on each kind of it; `gpu` marks those on CUDA."""
-    if "device" in metafunc.fixturenames and not hasattr(metafunc.module, "pytest_generate_tests"):
-        metafunc.parametrize("device", DEVICES, scope="session", indirect=True)
+    """Let what asks for a kind of device run on each; `gpu` marks those on CUDA."""
+    if "kind" in metafunc.fixturenames and not hasattr(metafunc.module, "pytest_generate_tests"):
+        metafunc.parametrize("kind", KINDS)
 
 
-@pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where it runs."""
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(request.param)
+@pytest.fixture
+def device(kind: str) -> torch.device:
+    """The device of a kind, "cpu" or "cuda"."""
+    if kind != "cuda":
+        return torch.device(kind)
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +65,9 @@ def keep(request: pytest.FixtureRequest) -> Callable[..., Path]:
     """Write a section whose rows one test measures: `keep("engine", rows, notes=[…])`."""
     folder = request.config.getoption("--results")
 
-    def write(name: str, rows: Sequence[Row], device: str = "cpu", **more: Sequence[str]) -> Path:
-        return store(name, rows, device, folder=folder, **more)
+    def write(name: str, rows: Sequence[Row], kind: str = "cpu", notes: Sequence[str] = ()) -> Path:
+        again = command(request.path.name, kind)
+        return store(name, rows, kind, notes=notes, again=again, folder=folder)
 
     return write
 

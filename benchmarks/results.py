@@ -11,13 +11,14 @@ sections as they are; `python -m benchmarks.render` puts them into the documents
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from ipn_core import benchmarking
 from ipn_core.benchmarking import Row, Section
 
-__all__ = ["FOLDER", "Row", "Section", "path_of", "store"]
+__all__ = ["FOLDER", "Row", "Section", "command", "path_of", "store"]
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -32,13 +33,26 @@ def path_of(device: str = "cpu", folder: Path | None = None) -> Path:
     return (folder or FOLDER) / f"{benchmarking.device_name(device)}.json"
 
 
+def command(file: str, kind: str = "cpu", grid: str | None = None) -> str:
+    """Return what measures a section again, wherever it was started from.
+
+    Args:
+        file: of the benchmark.
+        kind: "cpu" or "cuda".
+        grid: the value of `--grid`, None for what the kind gets anyway.
+    """
+    which = "gpu" if kind == "cuda" else "not gpu"
+    words = [".venv/bin/python", "-m", "pytest", f"benchmarks/{Path(file).name}", "-m", which]
+    return shlex.join([*words, *(["--grid", grid] if grid else [])])
+
+
 def store(
     name: str,
     rows: Sequence[Row],
     device: str = "cpu",
     *,
     notes: Sequence[str] = (),
-    command: str | None = None,
+    again: str | None = None,
     folder: Path | None = None,
 ) -> Path:
     """Write a section anew; returns its file.
@@ -50,12 +64,12 @@ def store(
         rows: what was measured, in the order in which they are to be shown.
         device: "cpu" or "cuda".
         notes: sentences that belong to them.
-        command: what measures them again, by default what runs now.
+        again: the command that measures them again (`command`), by default what runs now.
         folder: by default that of this workspace.
     """
     path = path_of(device, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = benchmarking.about(device, command)
+    about = benchmarking.about(device, again)
     section = Section(about=about, notes=tuple(notes), rows=tuple(rows))
     benchmarking.store(path, benchmarking.device_name(device), name, section)
     return path

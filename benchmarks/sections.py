@@ -21,7 +21,7 @@ class _Page:
 
     expected: frozenset[str]
     notes: tuple[str, ...] = ()
-    command: str | None = None
+    again: str | None = None
     rows: dict[str, Row] = field(default_factory=dict)
 
 
@@ -30,13 +30,15 @@ class Book:
 
     Args:
         folder: where the files of results lie.
+        count: threads that are measured with, None for one a core.
 
     Attributes:
         told: lines about what was written, for whoever started it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, count: int | None = None) -> None:
         self.folder = folder
+        self.count = count
         self.told: list[str] = []
         self._pages: dict[tuple[str, str], _Page] = {}
         self._written = time.monotonic()
@@ -48,7 +50,7 @@ class Book:
         expected: frozenset[str],
         *,
         notes: tuple[str, ...] = (),
-        command: str | None = None,
+        again: str | None = None,
     ) -> None:
         """Say which rows a section has when it is whole; once is enough.
 
@@ -57,9 +59,9 @@ class Book:
             device: "cpu" or "cuda".
             expected: the names of its rows.
             notes: sentences that belong to it.
-            command: what measures it.
+            again: the command that measures it again.
         """
-        self._pages.setdefault((section, device), _Page(expected, notes, command))
+        self._pages.setdefault((section, device), _Page(expected, notes, again))
 
     def enter(self, section: str, device: str, row: Row) -> None:
         """Add a row to a section that is open."""
@@ -87,7 +89,5 @@ class Book:
 
     def _store(self, section: str, device: str, page: _Page, folder: Path) -> Path:
         rows = list(page.rows.values())
-        with threads(None):  # as whoever measures has set them; they are part of the name
-            return store(
-                section, rows, device, notes=page.notes, command=page.command, folder=folder
-            )
+        with threads(self.count):  # they are part of the device's name
+            return store(section, rows, device, notes=page.notes, again=page.again, folder=folder)

@@ -78,6 +78,13 @@ def test_a_goal_is_missed_in_the_direction_that_is_worse() -> None:
     high = Row.of("a", [0.9], goal=1.0, better="higher")
     assert high.misses_goal()
     assert not high.misses_goal(slack=0.2)
+    for better in ("lower", "higher"):
+        wide = Row.of("a", [0.5, 1.0, 1.5], goal=1.0, better=better)  # type: ignore[arg-type]
+        worse = wide.model_copy(update={"median": 1.4 if better == "lower" else 0.6})
+        assert worse.misses_goal(slack=0.2)
+        assert not worse.misses_goal(slack=0.2, surely=True)
+        goal = 0.4 if better == "lower" else 2.0
+        assert worse.model_copy(update={"goal": goal}).misses_goal(slack=0.2, surely=True)
     assert not Row.of("a", [9.0]).misses_goal()
     assert not Row.refused("a", ["no"]).misses_goal()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ipn_core.attention.choice import Case
 from ipn_core.attention.inputs import AttentionInputs
 
-__all__ = ["default_cases", "draw", "label"]
+__all__ = ["default_cases", "draw", "label", "ragged"]
 
 
 def default_cases(device: torch.device) -> list[Case]:
@@ -63,13 +63,13 @@ def draw(case: Case, device: torch.device, seed: int = 0) -> AttentionInputs:
     if "lengths" in parts:
         more["lengths"] = [max(N - 1 - i * N // (2 * B), 0) for i in range(B)]
     if packed:
-        more["query_lengths"] = _ragged(M, case.batch)
-        more["lengths"] = _ragged(N, case.batch)
+        more["query_lengths"] = ragged(M, case.batch)
+        more["lengths"] = ragged(N, case.batch)
     q, k, v = (t.requires_grad_(case.grad) for t in (q, k, v))
     return AttentionInputs.make(q, k, v, **more)
 
 
-def _ragged(total: int, parts: int) -> list[int]:
+def ragged(total: int, parts: int) -> list[int]:
     """Share a total out, neighbours by as much more and less."""
     sizes = [total // parts + (i < total % parts) for i in range(parts)]
     shift = total // parts // 4

@@ -18,7 +18,16 @@ from ipn_core.errors import IPNError
 if TYPE_CHECKING:
     from ipn_core.benchmarking import Row
 
-__all__ = ["TOLERANCE", "Timing", "Trial", "fastest", "in_turn", "measure", "seconds_of"]
+__all__ = [
+    "TOLERANCE",
+    "Timing",
+    "Trial",
+    "fastest",
+    "in_turn",
+    "measure",
+    "peak_of",
+    "seconds_of",
+]
 
 TOLERANCE = {
     "float64": 1e-10,
@@ -34,6 +43,7 @@ what it was not timed for."""
 
 SAMPLE_S = 0.002
 """What one sample of a timing takes at least, so that the clock's own error does not count."""
+LONG_S = 0.1
 SAMPLES = (5, 200)
 """How many samples a row gets at least and at most."""
 MAP_BYTES = 2 << 30
@@ -163,22 +173,15 @@ class Trial:
         tasks = {t.backend: self.task(t.backend) for t in timings if not t.reasons}
         times = in_turn(tasks, self.device, seconds)
         return [
-            replace(t, seconds=tuple(times[t.backend]), peak_bytes=self.peak(tasks[t.backend]))
+            replace(
+                t,
+                seconds=tuple(times[t.backend]),
+                peak_bytes=peak_of(tasks[t.backend], self.device),
+            )
             if t.backend in tasks
             else t
             for t in timings
         ]
-
-    def peak(self, task: Callable[[], Any]) -> int | None:
-        """Return the bytes that a call holds at most beyond its inputs, None but on CUDA."""
-        if self.device.type != "cuda":
-            return None
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        task()
-        torch.cuda.synchronize(self.device)
-        return int(torch.cuda.max_memory_allocated(self.device) - before)
 
 
 def measure(
@@ -239,8 +242,9 @@ def in_turn(
     """
     inner, least = {}, 0.0
     for name, task in tasks.items():
-        seconds_of(task, 1, device)
-        once = min(seconds_of(task, 1, device) for _ in range(3))
+        once = seconds_of(task, 1, device)
+        if once < LONG_S:  # of a longer call, the first one is not so much longer than others
+            once = min(seconds_of(task, 1, device) for _ in range(3))
         inner[name] = max(1, min(1000, round(SAMPLE_S / max(once, 1e-9))))
         least = max(least, inner[name] * once)
     low, high = SAMPLES
@@ -269,3 +273,15 @@ def seconds_of(task: Callable[[], Any], times: int, device: torch.device) -> flo
         last.record()
         last.synchronize()
     return float(first.elapsed_time(last)) / 1000 / times
+
+
+def peak_of(task: Callable[[], Any], device: torch.device) -> int | None:
+    """Return the bytes that a call holds at most beyond what was there, None but on CUDA."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    task()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device) - before)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -174,7 +175,9 @@ def _command(words: Sequence[str]) -> str:
     first = words[0] if words else ""
     if first.endswith("__main__.py"):
         first = f"python -m {Path(first).parent.name}"
-    return " ".join([Path(first).name if "/" in first else first, *words[1:]])
+    elif "/" in first:
+        first = Path(first).name
+    return shlex.join(first.split() + list(words[1:]))
 
 
 def _cpu() -> str:

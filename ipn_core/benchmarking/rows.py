@@ -127,17 +127,18 @@ class Row(Config):
         """
         return cls(name=name, case=case or {}, unit=unit, error=error, reasons=tuple(reasons))
 
-    def misses_goal(self, slack: float = 0.0) -> bool:
+    def misses_goal(self, slack: float = 0.0, *, surely: bool = False) -> bool:
         """Return whether the median is worse than the goal, by more than a share of it.
 
         Args:
             slack: the share, such as 0.2.
+            surely: ask this of the better end of the interval, not of the median.
         """
         if self.goal is None or self.median is None:
             return False
         if self.better == "lower":
-            return self.median > self.goal * (1 + slack)
-        return self.median < self.goal / (1 + slack)
+            return ((self.low if surely else self.median) or 0.0) > self.goal * (1 + slack)
+        return ((self.high if surely else self.median) or 0.0) < self.goal / (1 + slack)
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float]:
