@@ -398,7 +398,7 @@ def load_tokenizer(source: Path | str, what: str, inner: str = "") -> PreTrained
         )
         return tokenizer
     except Exception as error:
-        found = hub_error(what, error) if isinstance(source, str) else None
+        found = hub_error(what, error, source) if isinstance(source, str) else None
         why = first_line(error).rstrip(".")
         if isinstance(source, Path) and not any((source / inner).glob("*token*")):
             why = f"there is none in '{source / inner}'"

@@ -91,7 +91,7 @@ def load(
     """Load a model by name, or one that `open_source` has found; see `IPN.from_pretrained`."""
     registry = registry or get_registry()
     found = source if isinstance(source, Source) else open_source(source, registry)
-    chosen = interact or found.strategies[0]
+    chosen = found.strategies[0] if interact is None else interact
     trained = chosen in found.strategies
     if not trained and not untrained:
         raise CheckpointError(

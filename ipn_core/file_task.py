@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipn_core.errors import DataError, ImageError
 from ipn_core.formats import Record
-from ipn_core.images import load_image
+from ipn_core.images import check_image, load_image
 from ipn_core.tasks import Example, Picture, ShardedTask
 
 if TYPE_CHECKING:
@@ -36,8 +36,18 @@ class _File:
     where: str
 
     def __call__(self) -> Image.Image:
-        try:
+        with self._named():
             return load_image(self.path)
+
+    def check(self) -> None:
+        """Look at its beginning."""
+        with self._named():
+            check_image(self.path)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
         except ImageError as error:
             raise DataError(f"{self.where}: {error}") from error
 
@@ -61,7 +71,8 @@ class Folder:
         path = self.path / name
         if not os.path.isfile(path):
             raise ValueError(f"no such image: '{path}'")
-        return Picture(str(path), _File(str(path), self.where))
+        file = _File(str(path), self.where)
+        return Picture(str(path), file, file.check)
 
 
 class FileTask(ShardedTask):

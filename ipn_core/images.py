@@ -11,7 +11,8 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias, Union
 
 from ipn_core.errors import ImageError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     ImageLike: TypeAlias = Union[str, os.PathLike[str], bytes, "Image.Image", "np.ndarray"]
 
-__all__ = ["MAX_PIXELS", "content_key", "crop", "load_image"]
+__all__ = ["MAX_PIXELS", "check_image", "content_key", "crop", "load_image"]
 
 MAX_PIXELS = 50_000_000
 """Largest accepted width × height; larger files are refused before they are decoded."""
@@ -42,54 +43,75 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
     Raises:
         ImageError: the file is missing, no image, damaged, empty, or over the pixel limit.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
+
+    with _explained(source, max_pixels):
+        image = _open(source, max_pixels)
+        if image.format == "PNG" and not isinstance(source, Image.Image):
+            # Once it has all pixels, Pillow does not miss the rest of a file.
+            image.verify()
+            image = _open(source, max_pixels)
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
+
+
+def check_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> None:
+    """Find out from its beginning whether a picture can be opened; it may still be cut short.
+
+    Args:
+        source: as for `load_image`.
+        max_pixels: the largest width × height to accept.
+
+    Raises:
+        ImageError: the file is missing, no image, empty, or over the pixel limit.
+    """
+    with _explained(source, max_pixels):
+        _open(source, max_pixels)
+
+
+@contextmanager
+def _explained(source: ImageLike, max_pixels: int) -> Iterator[None]:
+    """Turn whatever decoders raise into an `ImageError`, and their warnings into nothing."""
+    from PIL import Image, UnidentifiedImageError
 
     name = _describe(source)
-    with warnings.catch_warnings():
-        # Pillow warns of bombs at a limit of its own, and of oddities that harm nobody.
-        warnings.simplefilter("ignore")
-        try:
-            image = _open(source)
-            _check_size(image.size, max_pixels, name)
-            if image.format == "PNG" and not isinstance(source, Image.Image):
-                # Once it has all pixels, Pillow does not miss the rest of a file.
-                image.verify()
-                image = _open(source)
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            return _to_rgb(image)
-        except ImageError:
-            raise
-        except FileNotFoundError:
-            raise ImageError(f"no such file: {name}. Give the path of a picture.") from None
-        except IsADirectoryError:
-            raise ImageError(f"{name} is a folder. Give the path of a picture.") from None
-        except PermissionError:
-            raise ImageError(f"{name} may not be read. Check its permissions.") from None
-        except UnidentifiedImageError:
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of bombs at a limit of its own, and of oddities that harm nobody.
+            warnings.simplefilter("ignore")
+            yield
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"no such file: {name}. Give the path of a picture.") from None
+    except IsADirectoryError:
+        raise ImageError(f"{name} is a folder. Give the path of a picture.") from None
+    except PermissionError:
+        raise ImageError(f"{name} may not be read. Check its permissions.") from None
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{name} is not an image that Pillow can read. "
+            "Give a PNG, JPEG, WebP, GIF, BMP or TIFF file."
+        ) from None
+    except Image.DecompressionBombError as error:
+        # Raised before there is an image to ask; only the text has the size.
+        found = re.search(r"\d+", str(error))
+        got = f"{int(found[0]):,}" if found else "far more"
+        raise ImageError(_too_large(name, got, max_pixels)) from None
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            # It could not be opened, such as a name that is too long.
             raise ImageError(
-                f"{name} is not an image that Pillow can read. "
-                "Give a PNG, JPEG, WebP, GIF, BMP or TIFF file."
+                f"{name} cannot be read ({error.strerror}). Give the path of a picture."
             ) from None
-        except Image.DecompressionBombError as error:
-            # Raised before there is an image to ask; only the text has the size.
-            found = re.search(r"\d+", str(error))
-            got = f"{int(found[0]):,}" if found else "far more"
-            raise ImageError(_too_large(name, got, max_pixels)) from None
-        except (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
-            if isinstance(error, OSError) and error.filename is not None:
-                # It could not be opened, such as a name that is too long.
-                raise ImageError(
-                    f"{name} cannot be read ({error.strerror}). Give the path of a picture."
-                ) from None
-            raise ImageError(
-                f"{name} is damaged or cut short ({error}). Save or fetch it again."
-            ) from None
-        except Exception as error:  # decoders of damaged files raise whatever they stumble over
-            raise ImageError(
-                f"{name} cannot be decoded ({type(error).__name__}: {error}). "
-                "Save or fetch it again."
-            ) from None
+        raise ImageError(
+            f"{name} is damaged or cut short ({error}). Save or fetch it again."
+        ) from None
+    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+        raise ImageError(
+            f"{name} cannot be decoded ({type(error).__name__}: {error}). Save or fetch it again."
+        ) from None
 
 
 def content_key(image: Image.Image) -> str:
@@ -122,7 +144,18 @@ def _describe(source: ImageLike) -> str:
     return "the image"
 
 
-def _open(source: ImageLike) -> Image.Image:
+def _open(source: ImageLike, max_pixels: int) -> Image.Image:
+    """Open a picture whose size is accepted; files are not decoded yet."""
+    image = _opened(source)
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{_describe(source)} is empty ({width}×{height} pixels).")
+    if width * height > max_pixels:
+        raise ImageError(_too_large(_describe(source), f"{width}×{height}", max_pixels))
+    return image
+
+
+def _opened(source: ImageLike) -> Image.Image:
     from PIL import Image
 
     if isinstance(source, Image.Image):
@@ -155,14 +188,6 @@ def _checked(path: str) -> str:
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise ImageError(f"'{path}' is no ordinary file. Give the path of a picture.")
     return path
-
-
-def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
-    width, height = size
-    if width < 1 or height < 1:
-        raise ImageError(f"{name} is empty ({width}×{height} pixels).")
-    if width * height > max_pixels:
-        raise ImageError(_too_large(name, f"{width}×{height}", max_pixels))
 
 
 def _too_large(name: str, got: str, max_pixels: int) -> str:

@@ -138,15 +138,16 @@ def fetch_from_hub(name: str, patterns: Sequence[str], what: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:
-        raise hub_error(what, error) or _not_fetched(what, error) from error
+        raise hub_error(what, error, name) or _not_fetched(what, error) from error
 
 
-def hub_error(what: str, error: BaseException) -> IPNError | None:
+def hub_error(what: str, error: BaseException, name: str) -> IPNError | None:
     """Return what to raise where a library failed because of the hub; None if it is not to blame.
 
     Args:
         what: was to be fetched, such as "model 'owner/name'".
         error: of huggingface_hub, or of a library that called it.
+        name: the repository, or a path that was taken for one.
     """
     from huggingface_hub import errors as hub
 
@@ -166,8 +167,20 @@ def hub_error(what: str, error: BaseException) -> IPNError | None:
         if isinstance(
             cause, (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, ConnectionError, TimeoutError)
         ):
-            return _not_fetched(what, error)
+            return _no_such_path(what, name) or _not_fetched(what, error)
     return None
+
+
+def _no_such_path(what: str, name: str) -> UnknownNameError | None:
+    """Return the error for a path of which only the last part is not there; None for others."""
+    folder, _, last = name.rpartition("/")
+    if not os.path.isdir(folder):
+        return None
+    near_it = near(name, [f"{folder}/{one}" for one in sorted(os.listdir(folder))])
+    return UnknownNameError(
+        f"cannot find {what}: the folder '{folder}' has no '{last}'{near_it}, and the hub cannot "
+        "be reached to look there. Give a name of 'ipn models list', a folder, or a hub id."
+    )
 
 
 def _not_fetched(what: str, error: BaseException) -> DownloadError:

@@ -139,7 +139,7 @@ def read_config(folder: Path, what: str) -> Any:
 
 def load_error(source: Path | str, what: str, error: Exception) -> IPNError:
     """Return what to raise where transformers fails to load something."""
-    found = hub_error(what, error) if isinstance(source, str) else None
+    found = hub_error(what, error, source) if isinstance(source, str) else None
     return found or CheckpointError(
         f"{what} cannot be loaded: {first_line(error)} Fetch or save them again."
     )

@@ -24,6 +24,10 @@ __all__ = ["Example", "Picture", "ShardedTask", "Task", "open_task"]
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
+def _unchecked() -> None:
+    """Find no fault with a picture."""
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Picture:
     """A picture that is opened when it is needed.
@@ -31,10 +35,12 @@ class Picture:
     Attributes:
         name: says the same of the same picture within a task, such as its path.
         load: returns it as RGB.
+        check: raises early what `load` would, as far as that is known without decoding.
     """
 
     name: str
     load: Callable[[], Image.Image]
+    check: Callable[[], object] = _unchecked
 
 
 @dataclass(frozen=True, slots=True)

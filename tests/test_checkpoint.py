@@ -248,6 +248,15 @@ def test_a_hub_that_cannot_be_reached_is_no_fault_of_the_user(registry: Any) -> 
         load(registry, f"no/{'x' * 200}")
 
 
+def test_a_path_with_one_slash_is_no_hub_id_where_its_folder_is(
+    registry: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnknownNameError, match=r"'runs' has no 'mnie' .did you mean 'runs/mine'"):
+        load(registry, "runs/mnie")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [

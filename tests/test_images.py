@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ipn_core.errors import ImageError
-from ipn_core.images import content_key, crop, load_image
+from ipn_core.images import check_image, content_key, crop, load_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -161,6 +161,19 @@ def test_what_is_no_ordinary_file_is_refused_unread(tmp_path: Path) -> None:
 def test_what_is_no_picture_is_refused(source: Any, text: str) -> None:
     with pytest.raises(ImageError, match=text):
         load_image(source)
+
+
+def test_a_glance_finds_what_is_no_picture_or_too_large_and_decodes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(RED))
+    (tmp_path / "b.png").write_text("no picture")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    check_image(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=r"b.png' is not an image"):
+        check_image(tmp_path / "b.png")
+    with pytest.raises(ImageError, match="has 6×4 pixels; at most 20 are accepted"):
+        check_image(tmp_path / "a.png", max_pixels=20)
 
 
 def test_a_folder_and_a_text_file_are_refused(tmp_path: Path) -> None:

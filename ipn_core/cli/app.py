@@ -133,10 +133,11 @@ def _explain(error: Exception) -> tuple[int, str]:
 
 def _usage(error: Any) -> str:
     said = str(error.format_message()).strip()
-    if not said:  # typer has printed the help already
-        return "no command given: name one, such as 'ipn ask IMAGE QUESTION'. See 'ipn --help'."
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "ipn"
+    if not said:  # typer has printed the help already
+        such = ": name one, such as 'ipn ask IMAGE QUESTION'" if path == "ipn" else ""
+        return f"no command given{such}. See '{path} --help'."
     return f"{said if said.endswith(('.', ')', '?')) else said + '.'} See '{path} --help'."
 
 

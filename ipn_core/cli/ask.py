@@ -38,11 +38,11 @@ def ask(
     if heatmap is not None:
         check_png(heatmap, image)
     with quiet():
-        loaded = load_model(model, interact, untrained)
-        if heatmap is not None:
-            from ipn_core.evaluation.heatmap import draw_heatmap, require_map
+        from ipn_core.evaluation.heatmap import draw_heatmap, require_map
 
-            require_map(loaded)
+        loaded = load_model(
+            model, interact, untrained, check=None if heatmap is None else require_map
+        )
         answer = loaded.ask(picture, question)
         if heatmap is not None:
             draw_heatmap(

@@ -90,11 +90,13 @@ def evaluate(
         if predictions is not None:
             check_file("--predictions", predictions, "a JSONL file", task, "the file of questions")
         pool = source.examples(chosen)
+        asked = pool[:limit]
+        for picture in {picture.name: picture for one in asked for picture in one.images}.values():
+            picture.check()
         keep_freed_memory()
         loaded = load_model(model, interact, untrained)
         # Before the first question: that the other one cannot be loaded should not come out late.
         other = load_model(against or model, against_interact, untrained) if paired else None
-        asked = pool[:limit]
         options = {"task": task, "split": chosen, "batch_size": batch_size, "seed": seed}
         report = _answer(loaded, asked, shuffled=shuffled, pool=pool, **options)
         theirs = _answer(other, asked, **options) if other else None

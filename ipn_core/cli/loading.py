@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,9 @@ def check_file(option: str, path: str, kind: str, source: str, what: str) -> Non
     """
     folder = os.path.dirname(os.path.realpath(path))
     there = os.path.exists(path)
-    if _too_long(path):
+    if not path:
+        why = f"names no file. Give the name of {kind}"
+    elif _too_long(path):
         why = "is longer than a file's name can be. Choose a shorter one"
     elif os.path.isdir(path):
         why = f"is a folder. Give the name of {kind} in it"
@@ -110,13 +113,19 @@ def pull(name: str) -> None:
             weights.pull(bar.bytes)
 
 
-def load_model(model: str, interact: str | None, untrained: bool) -> IPN:
+def load_model(
+    model: str,
+    interact: str | None,
+    untrained: bool,
+    check: Callable[[IPN], object] | None = None,
+) -> IPN:
     """Load a model by name, folder, hub id, or `importer:source`.
 
     Args:
         model: what the user called it.
         interact: the strategy, None for the model's default.
         untrained: allow a strategy without weights, and say so.
+        check: raises if the model will not do, before anything is said of it.
 
     Raises:
         UserError: there is no such model or strategy, or its files are not right.
@@ -139,6 +148,8 @@ def load_model(model: str, interact: str | None, untrained: bool) -> IPN:
         if needed.backbone.weights in known:
             pull(str(needed.backbone.weights))
     loaded = load(IPN, source, interact=interact, untrained=untrained, registry=registry)
+    if check is not None:
+        check(loaded)
     if not trained:
         note(
             f"model '{model}' has no trained weights for interaction '{interact}': it starts from "

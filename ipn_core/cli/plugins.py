@@ -36,7 +36,7 @@ def _print_plugins(found: Sequence[Probe]) -> None:
         for kind, names in sorted(probe.components.items()):
             console.print(f"    {kind + ':':<13}{', '.join(names)}")
         for fault in probe.faults:
-            console.print(Text(f"    fault:       {fault}", style="red"))
+            console.print(Text(f"    fault:       {' '.join(fault.split())}", style="red"))
     faulty = sum(bool(probe.faults) for probe in found)
     if faulty:
         console.print(

@@ -68,6 +68,23 @@ def test_an_interaction_without_weights_needs_to_be_asked_for(
     assert "random" in run.err
 
 
+def test_an_interaction_without_a_map_is_refused_before_anything_is_said_of_its_weights(
+    home: Path, tmp_path: Path, ipn: Callable[..., Run]
+) -> None:
+    only = home / "model" / "tiny-look"
+    ask = ("ask", home / "scene.png", "hi", "-m", only, "-i", "tiny-mean", "--untrained")
+    assert_refused(ipn(*ask, "--heatmap", tmp_path / "map.png"), "keeps no attention map")
+
+
+def test_a_damaged_picture_is_all_that_stderr_speaks_of(
+    home: Path, tmp_path: Path, ipn: Callable[..., Run]
+) -> None:
+    Image.open(home / "scene.png").save(tmp_path / "a.tif")
+    content = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(content[:-20])
+    assert_refused(ipn("ask", tmp_path / "a.tif", "hi", "-m", home / "model"), "a.tif")
+
+
 def test_the_heatmap_is_written_beside_the_answer(
     home: Path, tmp_path: Path, ipn: Callable[..., Run]
 ) -> None:
@@ -127,6 +144,7 @@ def broken_inputs(home: Path, folder: Path) -> dict[str, tuple[tuple[object, ...
         "pickle": ((picture, "hi", "-m", folder / "m.bin"), "is a pickle"),
         "no model": ((picture, "hi", "-m", folder / "nothing"), "is no model of ours"),
         "interact": ((picture, "hi", "-m", model, "-i", "tiny-lok"), "did you mean 'tiny-look'?"),
+        "no interact": ((picture, "hi", "-m", model, "-i", ""), "weights for interaction ''"),
         "untrained": (
             (picture, "hi", "-m", model, "-i", "tiny-lok", "--untrained"),
             "unknown strategy 'tiny-lok'",
@@ -146,7 +164,7 @@ def broken_inputs(home: Path, folder: Path) -> dict[str, tuple[tuple[object, ...
 CASES = (
     "missing", "folder", "text", "empty", "cut", "bomb", "long name", "no question", "bytes",
     "long", "model", "near model", "long model", "file", "pickle", "no model", "interact",
-    "untrained", "no map", "map type", "map folder", "long map", "map is a folder",
+    "no interact", "untrained", "no map", "map type", "map folder", "long map", "map is a folder",
     "map is the picture",
 )  # fmt: skip
 

@@ -91,8 +91,11 @@ def test_eval_names_the_line_of_a_picture_that_does_not_decode(
     rows = [{"image": image, "question": "q", "answer": "a"} for image in ("scene.png", "text.png")]
     # A byte order mark, as editors on Windows write one.
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
-    run = ipn("eval", tmp_path / "a.jsonl", "-m", home / "model")
-    assert_refused(run, "a.jsonl' line 2: ", "text.png' is not an image")
+    # The model does not exist: had it been looked for, it would be what is missed.
+    words = ("eval", tmp_path / "a.jsonl", "-m", tmp_path / "none")
+    assert_refused(ipn(*words), "a.jsonl' line 2: ", "text.png' is not an image")
+    # What is not asked about need not be a picture.
+    assert_refused(ipn(*words, "--limit", "1"), "unknown model")
 
 
 def test_eval_names_the_question_that_is_too_long(
@@ -237,6 +240,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_loaded(
         (questions, "is the file of questions"),
         ("x" * 300, "than a file's name can be"),
         ("/dev/null", "is no ordinary file"),
+        ("", "names no file"),
     ):
         assert_refused(ipn(*words, "--predictions", target), "--predictions", part)
     assert_refused(

@@ -32,6 +32,11 @@ def test_no_words_show_the_help_and_are_no_success(ipn: Callable[..., Run]) -> N
     assert run.err.count("\n") == 1
 
 
+def test_a_group_without_a_command_names_itself(ipn: Callable[..., Run]) -> None:
+    run = ipn("bench")
+    assert (run.code, run.err) == (2, "ipn: no command given. See 'ipn bench --help'.\n")
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
