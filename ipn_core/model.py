@@ -16,7 +16,14 @@ from ipn_core.clock import Clock
 from ipn_core.config import BackboneConfig, ComponentConfig, IPNConfig, Layout
 from ipn_core.dialogue import Dialogue
 from ipn_core.engine import Engine
-from ipn_core.errors import ConfigError, IPNError, ShapeError, StageError, near
+from ipn_core.errors import (
+    ConfigError,
+    IPNError,
+    PromptError,
+    ShapeError,
+    StageError,
+    near,
+)
 from ipn_core.faults import naming, ran
 from ipn_core.fitting import check_fit, declared, refuse, sizes
 from ipn_core.generate import decode
@@ -375,7 +382,12 @@ class IPN(nn.Module):
             prompts: of any length, with any number of pictures each.
             options: transformers' generation options; with several sequences a prompt, the
                 answers of one prompt stand side by side.
+
+        Raises:
+            UserError: there is no prompt, or one of them or an option is wrong.
         """
+        if not prompts:
+            raise PromptError("there is no prompt to answer. Give at least one.")
         clock = Clock(self.backbone.device)
         plans = [self.planner.plan(prompt) for prompt in prompts]
         percept = self.perceive([p.images for p in plans], [p.question for p in plans])

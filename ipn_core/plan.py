@@ -192,9 +192,10 @@ class Planner:
         """Plan a prompt.
 
         Raises:
-            PromptError: it has no user's turn, pictures outside a user's turn, or the chat
-                template refuses its turns.
+            PromptError: it is none, has no user's turn, pictures outside a user's turn, or what is
+                no text, or the chat template refuses its turns.
         """
+        _check(prompt)
         turns = list(prompt.turns)
         system = self.prompt.system
         if system is not None and not (turns and turns[0].role == "system"):
@@ -268,7 +269,11 @@ class Planner:
                 )
             )
         except (jinja2.TemplateError, ValueError) as error:
-            raise PromptError(f"the chat template refuses these turns: {error}") from None
+            said = str(error).rstrip(".")
+            raise PromptError(
+                f"the chat template refuses these turns: {said}. Set 'prompt.template' to one that "
+                "takes them."
+            ) from None
 
     def _content(self, turn: Turn, state: _Pictures, slots: list[tuple[Piece, ...]]) -> str:
         if turn.learn or any(isinstance(c, (Ids, LookAgain)) for c in turn.content):
@@ -417,3 +422,21 @@ class Planner:
 class _Pictures:
     images: int = 0
     first: str = ""
+
+
+def _check(prompt: object) -> None:
+    """Refuse what is no prompt, and text that no tokenizer can encode."""
+    if not isinstance(prompt, Prompt):
+        raise PromptError(
+            f"a prompt must be an ipn_core.Prompt, got {type(prompt).__name__}. Make one: "
+            "Prompt.ask(question, [image])."
+        )
+    for turn in prompt.turns:
+        try:
+            turn.text.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise PromptError(
+                f"{turn.text!r} is no text: {half} is half of a character. Leave it out, or write "
+                "both halves."
+            ) from None

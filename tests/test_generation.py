@@ -10,7 +10,7 @@ import two_pass
 from toys import picture, prompt_of, toy_model
 from transformers import GenerationConfig, StoppingCriteriaList, set_seed
 
-from ipn_core.errors import GenerationOptionError
+from ipn_core.errors import GenerationOptionError, PromptError
 from ipn_core.generation import REFUSED
 from ipn_core.testing.tiny import tiny_backbone
 
@@ -306,3 +306,8 @@ def test_a_max_length_within_the_prompt_is_refused(registry: Any) -> None:
         model.generate([prompt], max_length=held)
     # Where both are given, transformers goes by max_new_tokens, and so do we.
     assert len(model.generate([prompt], max_length=held, max_new_tokens=2)[0].ids) <= 2
+
+
+def test_no_prompts_are_refused(registry: Any) -> None:
+    with pytest.raises(PromptError, match=r"there is no prompt to answer. Give at least one"):
+        toy_model(registry).generate([])

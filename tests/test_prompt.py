@@ -140,6 +140,17 @@ def test_an_empty_question_is_refused(question: str) -> None:
         Prompt.user(PICTURE, question)
 
 
+@pytest.mark.parametrize("given", ["What?", None, b"x"])
+def test_what_is_no_prompt_is_refused_with_what_makes_one(given: Any) -> None:
+    with pytest.raises(PromptError, match=r"got \w+. Make one: Prompt.ask\(question, \[image\]\)"):
+        planner().plan(given)
+
+
+def test_half_of_a_character_is_no_text() -> None:
+    with pytest.raises(PromptError, match=r"'a.ud83d' is no text: .ud83d is half of a character"):
+        planner().plan(Prompt.ask("a\ud83d", [PICTURE]))
+
+
 def test_a_prompt_without_a_users_turn_is_refused() -> None:
     with pytest.raises(PromptError, match="needs a user's turn"):
         planner().plan(Prompt((Turn("system", (Text("a"),)),)))
@@ -157,7 +168,9 @@ def test_a_template_that_refuses_says_so() -> None:
     tokenizer = tiny_backbone().tokenizer
     template = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}"
     template += "{% endif %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(PromptError, match="the chat template refuses these turns: no"):
+    with pytest.raises(
+        PromptError, match=r"the chat template refuses these turns: no. Set 'prompt.templ"
+    ):
         Planner(tokenizer, template, Layout(), PromptConfig(system="system")).plan(Prompt.user("a"))
 
 
