@@ -89,7 +89,8 @@ class Engine:
         self._count(state, last.mask.sum(1) - rest.mask.sum(1))
         if shared and clock:
             clock.lap("prefill")
-        return Prefix(state, own, rest.mask.to(own.device))
+        lengths = [int(n) for n in rest.mask.sum(1)]
+        return Prefix(state, own, rest.mask.to(own.device), lengths)
 
     def read(self, plans: Sequence[Plan], percept: Percept) -> State:
         """Run plans to their end, for prompts that go on from them; returns what is in the cache.

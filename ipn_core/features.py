@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -171,6 +171,22 @@ class VisualFeatures:
         return counts
 
     @cached_property
+    def alike(self) -> bool:
+        """Whether the patches of all samples stand in the same places."""
+        places: list[list[object]] = [[] for _ in range(self.batch)]
+        for span in self.images:
+            places[span.sample].append((span.grid, span.box))
+        return all(mine == places[0] for mine in places)
+
+    @cached_property
+    def derived(self) -> dict[Hashable, Any]:
+        """What was made of these features and may be wanted again, in a further look or question.
+
+        Whoever keeps something here names it and everything else that it was made of.
+        """
+        return {}
+
+    @cached_property
     def _index(self) -> Tensor | None:
         """(B, P) index into the packed values, -1 for padding; None if already rectangular."""
         rows: list[list[int]] = [[] for _ in range(self.batch)]
@@ -196,7 +212,7 @@ class VisualFeatures:
         index = self._index
         gathered = packed.index_select(0, index.clamp(min=0).flatten())
         gathered = gathered.reshape(*index.shape, *packed.shape[1:])
-        if bool(self.mask.all()):
+        if len(set(self.lengths)) == 1:  # without asking the device
             return gathered
         real = self.mask.reshape(*index.shape, *[1] * (packed.ndim - 1))
         return gathered.masked_fill(~real, 0)
@@ -313,6 +329,11 @@ class VisualFeatures:
     ) -> VisualFeatures:
         """Return the same features on another device or in another dtype."""
         tokens = self.global_tokens
+        if (device or self.values.device, dtype or self.values.dtype) == (
+            self.values.device,
+            self.values.dtype,
+        ):
+            return self
         return replace(
             self,
             values=self.values.to(device=device, dtype=dtype),

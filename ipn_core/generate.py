@@ -129,7 +129,9 @@ def _generate(
         state.cache.crop(-fed)
     else:
         mask = torch.cat([mask, mask.new_ones(rows, fed)], dim=1)
-    state.mask, state.lengths = mask, [int(n) for n in mask.sum(1).tolist()]
+    kept = fed if repeats == 1 else 0
+    state.lengths = [n + m + kept for n, m in zip(state.lengths, prefix.lengths, strict=True)]
+    state.mask = mask
     return output
 
 
@@ -211,7 +213,7 @@ def _limit(model: IPN, prefix: Prefix, options: dict[str, Any]) -> int:
         asked = MAX_NEW_TOKENS
     layout, injector = model.config.layout, model.injector
     look = layout.request + (injector.fills + injector.caches if injector else 0)
-    taken = max(n + int(m.sum()) for n, m in zip(prefix.state.lengths, prefix.mask, strict=True))
+    taken = max(n + m for n, m in zip(prefix.state.lengths, prefix.lengths, strict=True))
     return min(int(asked), model.backbone.max_positions - taken - layout.look_again * look)
 
 

@@ -169,11 +169,13 @@ class Prefix:
         state: everything before the last segment.
         embeds: (B, L, D_in) the last segment, its dynamic tokens filled in.
         mask: (B, L) True for real tokens.
+        lengths: real tokens of each row, known without a device sync.
     """
 
     state: State
     embeds: Tensor
     mask: Tensor
+    lengths: list[int]
 
 
 def _passed(positions: Tensor, starts: Sequence[Sequence[int]]) -> Tensor:

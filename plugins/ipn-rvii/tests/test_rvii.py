@@ -360,3 +360,23 @@ def test_saved_and_loaded_it_answers_the_same(guide: dict[str, Any] | None, tmp_
     assert one.ids == other.ids
     assert torch.equal(torch.as_tensor(one.attention), torch.as_tensor(other.attention))
     assert one.attention.shape == (5, 18)
+
+
+@torch.no_grad()
+def test_what_the_heads_look_at_is_mapped_once_until_weights_change() -> None:
+    model = build()
+    seen = features((0,))
+    calls: list[Any] = []
+    model.patch_in.register_forward_hook(lambda *_: calls.append(1))
+    asked = request(1)
+    first = model(asked, seen).values
+    assert torch.equal(model(asked, seen).values, first)
+    assert len(calls) == 1
+    model.blocks[1].cross_attention.kv.weight += 0.5
+    changed = model(asked, seen).values
+    assert len(calls) == 2
+    assert not torch.equal(changed, first)
+    assert torch.equal(model(asked, features((0,))).values, changed)
+    with torch.enable_grad():
+        model(asked, seen)
+    assert len(calls) == 4

@@ -124,7 +124,7 @@ class Guide(nn.Module):
         frequencies = self.config.frequencies
         cosines, sines = self.step(asked).chunk(2, dim=-1)
         # How likely each step is, as a function on −1…1 a side that the request draws.
-        grid = (positions[:1] if _alike(positions) else positions).unsqueeze(2)
+        grid = (positions[:1] if features.alike else positions).unsqueeze(2)
         steps = (grid - grid.transpose(1, 2)) / 2
         waves = torch.arange(frequencies, device=first.device) * torch.pi * 2
         angles = (steps.unsqueeze(-1) * waves).flatten(-2)
@@ -173,7 +173,3 @@ class _Counts:
         bumps = (-(((totals.unsqueeze(-1) - line) / 2) ** 2)).exp()
         size = torch.stack([totals.clamp(min=0).log1p(), totals / 16], dim=-1)
         return torch.cat([bumps, size], dim=-1).flatten(1).to(totals.dtype)
-
-
-def _alike(positions: Tensor) -> bool:
-    return positions.shape[0] > 0 and bool((positions == positions[:1]).all())

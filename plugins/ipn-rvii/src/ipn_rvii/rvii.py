@@ -124,7 +124,7 @@ class RVII(Interaction):
             guided: what the guide says; its maps are over the patches of `features`.
             return_map: whether to return where it looked, as the class says.
         """
-        patches = self._patches(features)
+        shown = self._keys_values(features)
         bias, told = None, asked
         if guided is not None:
             bias, told = guided.log_maps, torch.cat([asked, guided.findings], dim=1)
@@ -134,7 +134,7 @@ class RVII(Interaction):
         for index, block in enumerate(self.blocks):
             last = index == len(self.blocks) - 1
             wanted = return_map and (last or guided is not None)
-            tokens, seen = block(tokens, patches, features, bias, wanted, last)
+            tokens, seen = block(tokens, shown[index], features.lengths, bias, wanted, last)
             maps += [] if seen is None else [seen]
         count = self.queries.shape[0]
         values = self.out(self.out_norm(tokens[:, :count]))
@@ -174,6 +174,30 @@ class RVII(Interaction):
         asked = asked + self.request_mlp(asked)
         return asked.unsqueeze(1)
 
+    def _keys_values(self, features: VisualFeatures) -> list[tuple[Tensor, Tensor]]:
+        """Return what each block's heads look at, two of (B, P, H, W / H).
+
+        Where nothing is learned it is kept with the features, for further looks and questions.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._map(features)
+        parts = (self.patch_in, self.position_in, self.place, self.patch_norm)
+        weights = [p for part in parts if part is not None for p in part.parameters()]
+        weights += [p for block in self.blocks for p in block.cross_attention.kv.parameters()]
+        if any(p.is_inference() for p in weights):  # nobody counts their changes
+            return self._map(features)
+        changes = tuple((id(p), p._version) for p in weights)
+        if changes not in features.derived:
+            # With itself, so that no other weights can come to have the same ids.
+            features.derived[changes] = self, self._map(features)
+        found: list[tuple[Tensor, Tensor]] = features.derived[changes][1]
+        return found
+
+    def _map(self, features: VisualFeatures) -> list[tuple[Tensor, Tensor]]:
+        # Each patch is mapped once, then laid out for all the questions about its picture.
+        patches = self._patches(features)
+        return [block.cross_attention.keys_values(patches, features) for block in self.blocks]
+
     def _patches(self, features: VisualFeatures) -> Tensor:
         """Return the packed patches (N, W), each once, with the codes of their positions."""
         patches: Tensor = self.patch_in(features.values)
@@ -201,8 +225,8 @@ class _Block(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        patches: Tensor,
-        features: VisualFeatures,
+        shown: tuple[Tensor, Tensor],
+        lengths: Sequence[int],
         log_maps: Tensor | None,
         return_map: bool,
         last: bool,
@@ -211,9 +235,8 @@ class _Block(nn.Module):
         keys, values = self.self_attention.keys_values(normed)
         looked, _ = self.self_attention(normed, keys, values)
         tokens = tokens + self.dropout(looked)
-        # Each patch is mapped once, then laid out for all the questions about its picture.
-        keys, values = self.cross_attention.keys_values(patches, features)
-        normed, lengths = self.cross_norm(tokens), features.lengths
+        keys, values = shown
+        normed = self.cross_norm(tokens)
         looked, seen = self.cross_attention(
             normed, keys, values, lengths, log_maps, return_map and last
         )
