@@ -320,19 +320,20 @@ def test_xformers_is_missed_by_its_function_not_its_name(
     from ipn_core.attention import xformers as module
 
     inputs = AttentionInputs.make(*_draw((1, 2, 3, 1, 8, 8), torch.float32))
-    ops = pytest.importorskip("xformers.ops")
-    monkeypatch.delattr(ops, "memory_efficient_attention")
-    module._missing.cache_clear()
+    home = pytest.importorskip("xformers.ops.fmha")
+    monkeypatch.delattr(home, "memory_efficient_attention")
+    module._found.cache_clear()
     try:
         (reason,) = on_cpu.not_supported_reasons(inputs)
-        assert "has no ops.memory_efficient_attention" in reason
-        monkeypatch.setitem(sys.modules, "xformers.ops", None)
-        module._missing.cache_clear()
+        assert "has no memory_efficient_attention, and mslk cannot be imported" in reason
+        assert reason.endswith(": install mslk, which has it now, or xformers 0.0.35")
+        monkeypatch.setitem(sys.modules, "xformers.ops.fmha", None)
+        module._found.cache_clear()
         (reason,) = on_cpu.not_supported_reasons(inputs)
         assert "cannot be imported" in reason
         assert "pip install 'ipn-core[cuda]'" in reason
     finally:
-        module._missing.cache_clear()
+        module._found.cache_clear()
 
 
 def test_auto_takes_the_first_that_can() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -96,15 +97,16 @@ def test_a_scale_is_among_what_the_operators_are_asked(monkeypatch: pytest.Monke
 
 @pytest.fixture
 def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The successor: `xformers.ops` imports, and `fmha` has nothing of what it had."""
-    xformers, ops, fmha = (ModuleType(f"xformers{n}") for n in ("", ".ops", ".ops.fmha"))
+    """The later xformers: `xformers.ops.fmha` imports, and has nothing of what it had."""
+    names = ("xformers", "xformers.ops", "xformers.ops.fmha")
+    xformers, ops, fmha = (ModuleType(name) for name in names)
     xformers.__version__ = "9.9"  # type: ignore[attr-defined]
     xformers.ops, ops.fmha = ops, fmha  # type: ignore[attr-defined]
     for one in (xformers, ops, fmha):
         monkeypatch.setitem(sys.modules, one.__name__, one)
-    module._missing.cache_clear()
-    yield ops
-    module._missing.cache_clear()
+    module._found.cache_clear()
+    yield fmha
+    module._found.cache_clear()
 
 
 def inputs_for(backend: Any) -> AttentionInputs:
@@ -115,9 +117,11 @@ def inputs_for(backend: Any) -> AttentionInputs:
 
 def test_without_the_function_it_is_missing(shell: ModuleType) -> None:
     backend = XFormers()
-    assert backend.not_supported_reasons(inputs_for(backend)) == [
-        "xformers 9.9 has no ops.memory_efficient_attention"
-    ]
+    (reason,) = backend.not_supported_reasons(inputs_for(backend))
+    assert reason.startswith(
+        "xformers 9.9 has no memory_efficient_attention, and mslk cannot be imported (ModuleNotFou"
+    )
+    assert reason.endswith(": install mslk, which has it now, or xformers 0.0.35")
 
 
 @pytest.mark.parametrize("kind", [XFormers, XFormersFlash3])
@@ -128,3 +132,29 @@ def test_with_the_function_but_other_insides_it_is_refused(
     backend = kind()
     (reason,) = backend.not_supported_reasons(inputs_for(backend))
     assert reason.startswith("xformers 9.9 is not as expected (AttributeError: ")
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_successor_is_taken_where_xformers_is_a_shell_or_not_there(
+    gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ipn_core.testing.xformers_cpu import FwOp
+
+    backend = on_cpu("xformers")
+    real = importlib.import_module("xformers.ops.fmha")
+    monkeypatch.setitem(sys.modules, "mslk", ModuleType("mslk"))
+    monkeypatch.setitem(sys.modules, "mslk.attention", ModuleType("mslk.attention"))
+    monkeypatch.setitem(sys.modules, "mslk.attention.fmha", real)
+    shell = None if gone else ModuleType("xformers.ops.fmha")
+    monkeypatch.setitem(sys.modules, "xformers.ops.fmha", shell)
+    module._found.cache_clear()
+    try:
+        FwOp.calls.clear()
+        inputs = call("packed", SHAPES[1], torch.float32)
+        assert backend.not_supported_reasons(inputs) == []
+        torch.testing.assert_close(backend.forward(inputs), Eager().forward(inputs))
+        assert FwOp.calls == {"BlockDiagonalMask": 1}
+        mine = XFormersFlash3()
+        assert "fa3F" in " ".join(mine.not_supported_reasons(inputs_for(mine)))
+    finally:
+        module._found.cache_clear()

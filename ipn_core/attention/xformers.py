@@ -1,6 +1,7 @@
 """xformers' `memory_efficient_attention`: left to dispatch, and each of its operators by name.
 
-xformers is imported on the first use on a device that it supports, never before.
+Where xformers is a shell over its successor mslk, or not there, mslk's is taken. Either is imported
+on the first use on a device that it supports, never before.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ __all__ = [
     "XFormersFlash3",
     "XFormersSplitK",
 ]
+
+HOMES = ("xformers.ops.fmha", "mslk.attention.fmha")
+"""Where `memory_efficient_attention` and its operators may be, under the same names. From the
+version after 0.0.35 on the first is a shell over the second, and without that imports empty."""
 
 ALIGNMENT = 8
 """The kernels read rows of 16 bytes: strides must be multiples of 8 elements of half precision."""
@@ -106,7 +111,7 @@ class XFormers(AttentionBackend):
 
     def _call(self, inputs: AttentionInputs, bias: Any) -> Tensor:
         q, k, v, bias = _heads(inputs, bias)
-        out: Tensor = _ops().memory_efficient_attention(
+        out: Tensor = _fmha().memory_efficient_attention(
             q, k, v, attn_bias=bias, scale=inputs.scale, op=self._pair()
         )
         return out.flatten(2, 3) if out.ndim == 5 else out
@@ -152,7 +157,9 @@ class XFormers(AttentionBackend):
             return [f"xformers has no operator for these inputs: {' '.join(str(error).split())}"]
         except (AttributeError, ImportError) as error:
             # The package may be a shell over another one, which has other insides.
-            return [f"xformers {_version()} is not as expected ({type(error).__name__}: {error})"]
+            package = _fmha().__name__.partition(".")[0]
+            said = f"{type(error).__name__}: {error}"
+            return [f"{package} {_version(package)} is not as expected ({said})"]
 
     def _objections(self, kind: _Kind) -> list[str]:
         fmha = _fmha()
@@ -173,9 +180,9 @@ class XFormers(AttentionBackend):
         if pair is not None:
             asked = [op for op in (pair if grad else pair[:1]) if op is not None]
             return [f"{op.NAME}: {r}" for op in asked for r in op.not_supported_reasons(described)]
-        fmha.dispatch._dispatch_fw(described, grad)
+        fmha._dispatch_fw(described, grad)
         if grad:
-            fmha.dispatch._dispatch_bw(described, varlen_lse_packed=None)
+            fmha._dispatch_bw(described, varlen_lse_packed=None)
         return []
 
 
@@ -240,30 +247,40 @@ class XFormersCutlass(XFormers):
 
 
 @cache
+def _found() -> tuple[Any, str]:
+    """Return the module that has the function, None if none has, and what is wrong then.
+
+    A package of the name is not enough.
+    """
+    faults = []
+    for home in HOMES:
+        package = home.partition(".")[0]
+        try:
+            module = importlib.import_module(home)
+        except Exception as error:
+            faults.append(f"{package} cannot be imported ({type(error).__name__}: {error})")
+            continue
+        if getattr(module, "memory_efficient_attention", None) is not None:
+            return module, ""
+        faults.append(f"{package} {_version(package)} has no memory_efficient_attention")
+    if "cannot be imported" in faults[0]:
+        return None, f"{faults[0]}; install it with pip install 'ipn-core[cuda]'"
+    return None, f"{faults[0]}, and {faults[1]}: install mslk, which has it now, or xformers 0.0.35"
+
+
 def _missing() -> str | None:
-    """Return why the function is not there, or None. A package of the name is not enough."""
-    try:
-        ops = importlib.import_module("xformers.ops")
-    except Exception as error:
-        return (
-            f"xformers cannot be imported ({type(error).__name__}: {error}); install it with "
-            "pip install 'ipn-core[cuda]'"
-        )
-    if getattr(ops, "memory_efficient_attention", None) is None:
-        return f"xformers {_version()} has no ops.memory_efficient_attention"
-    return None
+    """Return why the function is not there, or None."""
+    module, faults = _found()
+    return faults if module is None else None
 
 
-def _version() -> str:
-    return str(getattr(importlib.import_module("xformers"), "__version__", "of this version"))
-
-
-def _ops() -> Any:
-    return importlib.import_module("xformers.ops")
+def _version(package: str) -> str:
+    return str(getattr(importlib.import_module(package), "__version__", "of this version"))
 
 
 def _fmha() -> Any:
-    return importlib.import_module("xformers.ops.fmha")
+    """Return the module of the function, its operators and masks; ask `_missing` first."""
+    return _found()[0]
 
 
 def _in_blocks(inputs: AttentionInputs) -> bool:
