@@ -96,7 +96,7 @@ def toy_model(
     noise = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for value in model.trained_state().values():
-            value.add_(0.2 * torch.randn(value.shape, generator=noise))
+            value.add_(0.2 * torch.randn(value.shape, generator=noise).to(value.device))
     return model
 
 
