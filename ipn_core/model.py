@@ -69,6 +69,9 @@ class IPN(nn.Module):
         look_head: decides whether to look again; None unless `layout.look_again`.
         pm: the model's own plugin manager; wrap a stage by registering a wrapper on it.
         name: what the model was loaded as, for reports.
+
+    Raises:
+        ConfigError: the parts do not fit together.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -154,6 +155,30 @@ def test_other_versions_names_are_read(llava: Any, tmp_path: Path, layout: str) 
     prompt = [Prompt.ask("What?", [picture(1)])]
     one, other = (IPN.from_pretrained(f"llava:{f}") for f in (llava[0], tmp_path / layout))
     assert torch.equal(prompt_logits(one, prompt)[0], prompt_logits(other, prompt)[0])
+
+
+def test_a_hub_id_does_what_its_folder_does(
+    llava: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wanted: list[tuple[str, list[str]]] = []
+
+    def fetched(name: str, allow_patterns: list[str]) -> str:
+        wanted.append((name, allow_patterns))
+        return str(llava[0])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    ours = IPN.from_pretrained("llava:some-one/some-thing")
+    assert {name for name, _ in wanted} == {"some-one/some-thing"}
+    for path in llava[0].iterdir():
+        assert any(path.match(pattern) for pattern in wanted[0][1]), path.name
+    assert not any(Path("pytorch_model.bin").match(p) for _, some in wanted for p in some)
+    prompt = [Prompt.ask("What?", [picture(1)])]
+    theirs = IPN.from_pretrained(f"llava:{llava[0]}")
+    assert torch.equal(prompt_logits(ours, prompt)[0], prompt_logits(theirs, prompt)[0])
+    ours.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["backbone"]["weights"] == "llava:some-one/some-thing"
+    assert saved["encoder"]["weights"] == "some-one/some-thing"
 
 
 def test_what_was_imported_is_saved_and_loaded_as_any_model(llava: Any, tmp_path: Path) -> None:
