@@ -16,8 +16,8 @@ from ipn_core.errors import ConfigError
 from ipn_core.fitting import declared, sizes
 from ipn_core.hooks import hookimpl
 from ipn_core.model import IPN
-from ipn_core.plugins import Registry, add_plugin
-from ipn_core.stages import Dims
+from ipn_core.plugins import Registry, add_plugin, discover
+from ipn_core.stages import Connector, Dims
 from ipn_core.testing.interactions import TinyLook
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
 
@@ -180,3 +180,53 @@ def test_what_looks_again_is_told_whether_the_features_can(registry: Registry) -
     encoder.looks = False  # type: ignore[misc]
     with pytest.raises(ConfigError, match="it looks again"):
         build(perceive="toy-linear")
+
+
+# -- whatever is installed -------------------------------------------------------------------------
+
+TINY = {"width": 16, "depth": 1, "heads": 2}
+LATENTS = {"latents": 5, "depth": 1, "heads": 2, "head_width": 4}
+SMALL: dict[str, dict[str, Any]] = {
+    "c-abstractor": {"tokens": 4, "depth": 1, "hidden": 16},
+    "gated-xattn": {"every": 1, "heads": 4, "hidden": 16},
+    "latents": LATENTS,
+    "layers": {"every": 1, "heads": 2, "head_width": 4, "mlp_ratio": 1},
+    "lmeye": TINY,
+    "prefix-kv": {"hidden": 8},
+    "qformer": {**TINY, "queries": 3, "hidden": 16},
+    "resampler": LATENTS,
+    "rvii": TINY,
+    "zoom": TINY,
+}
+"""What makes components small that are large by themselves."""
+WHOLE = discover()
+CONNECTORS = [
+    name for name, one in WHOLE.entries("perceiver").items() if issubclass(one.load(), Connector)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("injector", WHOLE.entries("injector"))
+@pytest.mark.parametrize("interaction", [None, *WHOLE.entries("interaction")])
+@pytest.mark.parametrize("perceiver", [None, *CONNECTORS])
+def test_what_is_not_refused_when_it_is_built_runs(
+    registry: Registry, perceiver: str | None, interaction: str | None, injector: str
+) -> None:
+    backbone, encoder = tiny_backbone("opt-projected"), TinyEncoder(TinyEncoderConfig())
+    layouts: list[dict[str, int]] = [{"rounds": 0}, {"rounds": 1}, {"rounds": 2, "look_again": 1}]
+    named = {"perceive": perceiver, "interact": interaction, "inject": injector}
+    parts = {key: {"name": name, **SMALL.get(name, {})} for key, name in named.items() if name}
+    parts |= {"request": {"name": "hidden-state"}} if interaction else {}
+    built = 0
+    for layout in layouts:
+        config = {"backbone": "tiny", "encoder": "tiny", "layout": layout, **parts}
+        try:
+            model = IPN.from_config(config, backbone=backbone, encoder=encoder, registry=registry)
+        except ConfigError:
+            continue
+        built += 1
+        assert model.ask(picture(size=(48, 24)), "What?", max_new_tokens=2).ids
+    if interaction == "zoom" and perceiver == "latents":
+        assert not built
+    elif interaction or not WHOLE.get("injector", injector).load().needs_message:
+        assert built
