@@ -382,9 +382,9 @@ def test_an_importer_that_raises_is_named(registry: Registry, llm: Path, method:
     name = method.replace("_", "-")
     imported = find_import(f"broken-{name}:{llm}", registry)
     assert imported is not None
-    given = {"config": registry, "state": toy_model(registry), "language_model": "auto"}[method]
+    given = {"config": (), "state": (toy_model(registry),), "language_model": ("auto",)}[method]
     with pytest.raises(StageError) as caught:
-        getattr(imported, method)(given)
+        getattr(imported, method)(*given)
     assert str(caught.value) == said("importer", name, method)
     assert isinstance(caught.value.__cause__, OddError)
 

@@ -77,5 +77,5 @@ def test_the_table_of_hops_has_the_rows_that_were_measured(hops: ModuleType) -> 
     lines = hops.table({"2": score}, EXAMPLES).splitlines()
     assert lines[0].endswith("| one hop (1) | two hops (2) | all |")
     cell = "50.0 % (25.0 to 75.0)"
-    assert lines[2] == f"| 2 | 22 | 2.00 | {cell} | {cell} | **{cell}** |"
+    assert lines[2] == f"| 2, `decide` for 300 more | 22 | 2.00 | {cell} | {cell} | **{cell}** |"
     assert lines[-1] == "The most frequent answer, a, would be right in 100.0 % of all."
