@@ -1,10 +1,10 @@
 """Two hops with no look, one and two: how often each is right on the test split of `emoji-hops`.
 
-    python -m benchmarks.hops 0 1 2            answer the test questions, write the table
+    python -m benchmarks.hops 0 1 2-early 2    answer the test questions, write the table
     python -m benchmarks.hops 2 --runs DIR     one of them, trained elsewhere
 
-A row is what `ipn eval emoji-hops --split test --model RUNS/hops-N/model` prints, with the tokens
-that a question puts into the LLM beside its text, and the looks that a question took. Rows are kept
+A row is what `ipn eval emoji-hops --split test --model RUNS/…/model` prints, with the tokens that a
+question puts into the LLM beside its text, and the looks that a question took. Rows are kept
 in a file, so that they can be measured one at a time; without a number the table is written again.
 """
 
@@ -26,7 +26,13 @@ STARTER = Path(__file__).parents[1] / "plugins" / "ipn-starter"
 PAGE = STARTER / "README.md"
 SCORES = STARTER / "train" / "hops" / "scores.json"
 TASK, SPLIT = "emoji-hops", "test"
-LOOKS = ("0", "1", "2")
+LOOKS = {
+    "0": ("hops-0", "0"),
+    "1": ("hops-1", "1"),
+    "2-early": ("hops-2", "2, `decide` for 60 steps"),
+    "2": ("hops-2-decide", "2, `decide` for 300 more"),
+}
+"""By name: where the checkpoint lies, and what the table calls it."""
 TYPES = {"one": "one hop", "two": "two hops"}
 BATCH_SIZE = 48
 
@@ -61,10 +67,10 @@ def table(scores: dict[str, dict[str, Any]], examples: list[Example]) -> str:
     titles = [f"{title} ({counts[kind]:,})" for kind, title in TYPES.items()]
     head = ["looks", "tokens of the picture", "looks a question", *titles, "all"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name in LOOKS:
+    for name, (_, title) in LOOKS.items():
         if name in scores:
             one = scores[name]
-            cells = [name, str(sum(one["tokens"].values())), f"{one['looks']:.2f}"]
+            cells = [title, str(sum(one["tokens"].values())), f"{one['looks']:.2f}"]
             cells += [_share(one["by_type"][kind]) for kind in TYPES]
             lines.append("| " + " | ".join([*cells, f"**{_share(one)}**"]) + " |")
     most = guess([e.answers for e in examples])
@@ -83,8 +89,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("looks", nargs="*", metavar="LOOKS", help="0, 1 or 2")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where hops-N/model lie")
+    parser.add_argument("looks", nargs="*", metavar="LOOKS", help=", ".join(LOOKS))
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the trainings lie")
     arguments = parser.parse_args()
     for name in arguments.looks:
         if name not in LOOKS:
@@ -92,7 +98,7 @@ def main() -> None:
     examples = list(open_task(TASK).examples(SPLIT))
     scores = json.loads(SCORES.read_text()) if SCORES.exists() else {}
     for name in arguments.looks:
-        model = IPN.from_pretrained(arguments.runs / f"hops-{name}" / "model")
+        model = IPN.from_pretrained(arguments.runs / LOOKS[name][0] / "model")
         scores[name] = measure(model, examples)
         atomic_write(SCORES, (json.dumps(scores, indent=1) + "\n").encode())
         print(f"{name} looks: {_share(scores[name])} of {scores[name]['n']:,}", flush=True)
