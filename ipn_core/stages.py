@@ -89,10 +89,13 @@ class Perceiver(Stage):
     """Pictures to features and, optionally, static tokens.
 
     Attributes:
-        looks: whether its features are of places in the picture, so that they can look again at
-            parts of it (`VisualFeatures.look`).
+        placed: whether its features are of places, row by row on their grid: a map of them can be
+            drawn over the picture.
+        looks: whether these are places in the whole picture, so that they can look again at parts
+            of it (`VisualFeatures.look`).
     """
 
+    placed: ClassVar[bool] = True
     looks: ClassVar[bool] = True
 
     @property
@@ -130,6 +133,17 @@ class VisionEncoder(Perceiver):
     @abstractmethod
     def encode(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
         """Encode pictures; resizing and normalising are the encoder's own business."""
+
+    def shows(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Return which part of a picture its patches show, all of it by default.
+
+        Args:
+            size: width and height in pixels.
+
+        Returns:
+            (left, top, right, bottom) as fractions of its sides; beyond 0 or 1 where it pads.
+        """
+        return (0.0, 0.0, 1.0, 1.0)
 
     def forward(self, context: PerceiveContext) -> Percept:
         """Encode the pictures, unless the context brings their features."""

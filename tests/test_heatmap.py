@@ -50,6 +50,33 @@ def test_one_panel_a_look_and_picture(
     assert os.listdir(tmp_path) == ["map.png"]
 
 
+def test_features_that_are_no_places_have_no_heatmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("tiny-look")
+    require_map(model)
+    monkeypatch.setattr(type(model.encoder), "placed", False)
+    with pytest.raises(UserError, match=r"^model 'toy': what it looks at are no places"):
+        require_map(model)
+
+
+@pytest.mark.parametrize(
+    ("box", "lit", "dark"),
+    [
+        ((0.25, 0.0, 0.75, 1.0), (30, 10), (10, 10)),
+        ((0.0, 0.5, 1.0, 1.0), (10, 40), (10, 10)),
+        ((-0.5, 0.0, 1.0, 1.0), (2, 10), (60, 60)),  # it was padded on the left
+    ],
+)
+def test_the_map_lies_on_the_part_that_the_encoder_saw(
+    box: tuple[float, ...], lit: tuple[int, int], dark: tuple[int, int]
+) -> None:
+    maps = [[np.float32([[1, 0], [0, 0]])]]
+    figure = heatmap._figure(maps, [grey((64, 64))], "q", "a", [box])
+    strength = np.asarray(figure.axes[0].get_images()[1].get_alpha())
+    assert strength.shape == (64, 64)
+    assert strength[lit[1], lit[0]] > 0.3
+    assert strength[dark[1], dark[0]] == 0
+
+
 def test_colour_lies_where_the_attention_went() -> None:
     figure = heatmap._figure([[np.float32([[1, 0], [0, 0]])]], [grey((64, 64))], "q", "a")
     picture, overlay = figure.axes[0].get_images()

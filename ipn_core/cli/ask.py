@@ -46,7 +46,13 @@ def ask(
         answer = loaded.ask(picture, question)
         if heatmap is not None:
             draw_heatmap(
-                answer, [picture], question, heatmap, model=model, interact=loaded.strategy
+                answer,
+                [picture],
+                question,
+                heatmap,
+                boxes=[loaded.encoder.shows(picture.size)],
+                model=model,
+                interact=loaded.strategy,
             )
     if json:
         print_json(_report(answer, loaded))

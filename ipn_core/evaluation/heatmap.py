@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_heatmap", "require_map", "upsample"]
 
+Edges = tuple[float, float, float, float]
+"""(left, top, right, bottom) as fractions of a picture's sides."""
+WHOLE: Edges = (0.0, 0.0, 1.0, 1.0)
 PANEL_IN = 4.6
 """Longer side of a panel, in inches at 120 dots an inch."""
 FADE = 0.55
@@ -38,6 +41,12 @@ def require_map(model: IPN) -> None:
             "there is no heatmap to draw. Leave --heatmap out, or choose an interaction that "
             "keeps one with --interact."
         )
+    if not (model.encoder.placed and model.perceiver.placed):
+        raise UserError(
+            f"model '{model.name}': what it looks at are no places in the picture but features "
+            "made of all of it, so there is no heatmap to draw. Leave --heatmap out, or choose "
+            "another perceive or encoder."
+        )
 
 
 def draw_heatmap(
@@ -46,6 +55,7 @@ def draw_heatmap(
     question: str,
     path: str | Path,
     *,
+    boxes: Sequence[Edges] | None = None,
     model: str = "",
     interact: str = "",
 ) -> None:
@@ -56,6 +66,8 @@ def draw_heatmap(
         images: the pictures that the question was asked about, in order, RGB.
         question: for the title, with the answer.
         path: a PNG file in a folder that exists; written whole or not at all.
+        boxes: for each picture, which part of it the patches show (`VisionEncoder.shows`); all of
+            it by default.
         model: named if there is no map.
         interact: likewise.
 
@@ -69,7 +81,7 @@ def draw_heatmap(
             f"model '{model}': its interaction '{interact}' keeps no attention map, so there is "
             "no heatmap to draw. Choose an interaction that keeps one."
         )
-    figure = _figure(_maps(answer, len(images)), images, question, answer.text)
+    figure = _figure(_maps(answer, len(images)), images, question, answer.text, boxes)
 
     def save(to: Path) -> None:
         with warnings.catch_warnings():
@@ -89,6 +101,18 @@ def upsample(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.f
 
     small = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32))
     return np.asarray(small.resize(size, Image.Resampling.BILINEAR), dtype=np.float32)
+
+
+def _placed(values: NDArray[np.float32], size: tuple[int, int], box: Edges) -> Any:
+    """Scale a map (h, w) to its part of a picture (width, height), zeros around it."""
+    width, height = size
+    left, top, right, bottom = (round(e * s) for e, s in zip(box, (*size, *size), strict=True))
+    part = upsample(values, (max(1, right - left), max(1, bottom - top)))
+    laid = np.zeros((height, width), dtype=np.float32)
+    inside = part[max(0, -top) : height - top, max(0, -left) : width - left]
+    y, x = max(0, top), max(0, left)
+    laid[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+    return laid
 
 
 def _maps(answer: Answer, pictures: int) -> list[list[NDArray[np.float32]]]:
@@ -113,6 +137,7 @@ def _figure(
     images: Sequence[Image.Image],
     question: str,
     answer: str,
+    boxes: Sequence[Edges] | None = None,
 ) -> Figure:
     # Figure and canvas by hand: pyplot would choose a window system and keep global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -126,8 +151,9 @@ def _figure(
     top = max(max(float(m.max()) for m in row) for row in maps) or 1.0
     shown: Any = None
     for round_, row in enumerate(maps):
-        for index, (values, image) in enumerate(zip(row, images, strict=True)):
-            shown = _panel(axes[round_][index], image, values, top)
+        shares = boxes or [WHOLE] * columns
+        for index, (values, image, box) in enumerate(zip(row, images, shares, strict=True)):
+            shown = _panel(axes[round_][index], image, values, top, box)
             axes[round_][index].set_title(
                 _label(round_, rows, index, columns), fontsize=10, color="#444444"
             )
@@ -139,8 +165,10 @@ def _figure(
     return figure
 
 
-def _panel(axes: Axes, image: Image.Image, values: NDArray[np.float32], top: float) -> Any:
-    """Draw one picture, faded where nobody looked, and the map over it."""
+def _panel(
+    axes: Axes, image: Image.Image, values: NDArray[np.float32], top: float, box: Edges
+) -> Any:
+    """Draw one picture, faded where nobody looked, and the map over the part that it is of."""
     longest = max(image.size)
     if longest > 1024:
         # A panel has some 550 dots; more pixels only cost time.
@@ -148,7 +176,7 @@ def _panel(axes: Axes, image: Image.Image, values: NDArray[np.float32], top: flo
         width, height = (max(1, round(side * scale)) for side in image.size)
         image = image.resize((width, height))
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    large = upsample(values, image.size)
+    large = _placed(values, image.size, box)
     seen = np.clip(large / top, 0, 1)[:, :, None]
     grey = pixels.mean(axis=2, keepdims=True)
     faded = pixels * (1 - FADE) + (0.35 * grey + 0.65) * FADE

@@ -38,6 +38,7 @@ TEXT: dict[str, Any] = {
     "num_attention_heads": 2,
     "vocab_size": 64,
 }
+WHOLE = (0.0, 0.0, 1.0, 1.0)
 SQUARE: dict[str, Any] = {"size": {"height": 32, "width": 32}}
 CLIP_SETTINGS: dict[str, Any] = {
     "image_processor_type": "CLIPImageProcessor",
@@ -259,6 +260,41 @@ def test_an_image_size_shows_the_whole_picture(saved: Any) -> None:
     whole = tower(folder, image_size=32).encode([blank, Image.new("RGB", (64, 32))])
     torch.testing.assert_close(cropped[0], cropped[1])
     assert (whole[0].values - whole[1].values).abs().max() > 1e-3
+
+
+def convnext(folder: Path) -> Path:
+    """A folder whose processor keeps seven eighths of the middle."""
+    import transformers as t
+
+    sizes = {"hidden_sizes": [4, 6, 8, 10], "depths": [1, 1, 1, 1], "image_size": 32}
+    t.ConvNextModel(t.ConvNextConfig(**sizes)).save_pretrained(folder)
+    settings = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_it_says_which_part_of_a_picture_it_sees(saved: Any, tmp_path: Path) -> None:
+    plain, cropping = tower(saved("siglip")[1]), tower(saved("clip")[1])
+    percent = tower(convnext(tmp_path))
+    for size in ((64, 32), (30, 60), (40, 40)):
+        assert plain.shows(size) == tower(saved("clip")[1], image_size=32).shows(size) == WHOLE
+    assert cropping.shows((64, 32)) == (0.25, 0.0, 0.75, 1.0)
+    assert cropping.shows((32, 128)) == (0.0, 0.375, 1.0, 0.625)
+    assert cropping.shows((40, 40)) == WHOLE
+    assert percent.shows((40, 40)) == (0.0625, 0.0625, 0.9375, 0.9375)
+    # What lies outside changes nothing that it sees.
+    for encoder in (cropping, percent):
+        seen = picture(256, 128)
+        left, top, right, bottom = encoder.shows(seen.size)
+        # Resizing reads a few pixels around each edge.
+        inner = (round(256 * left) - 12, round(128 * top) - 12)
+        inner += (round(256 * right) + 12, round(128 * bottom) + 12)
+        other = Image.new("RGB", seen.size)
+        other.paste(seen.crop(inner), inner[:2])
+        one, two = (e.values for e in encoder.encode([seen, other]))
+        torch.testing.assert_close(one, two)
+    assert [e.looks for e in (plain, cropping, percent)] == [True, False, False]
+    assert tower(saved("clip")[1], image_size=32).looks
 
 
 def test_pictures_of_their_own_size_keep_their_grid_and_order(saved: Any) -> None:

@@ -309,7 +309,7 @@ def test_features_that_are_no_places_are_refused_when_the_model_is_built() -> No
     config = ZoomConfig(**SMALL)
     assert Zoom.not_supported_reasons(config, DIMS) == []
     (reason,) = Zoom.not_supported_reasons(config, replace(DIMS, looks=False))
-    assert reason.startswith("it looks again at parts of the picture, and the features of this")
+    assert reason.startswith("it looks again at parts of the picture, and these features are not")
 
 
 def test_features_that_cannot_look_are_refused() -> None:

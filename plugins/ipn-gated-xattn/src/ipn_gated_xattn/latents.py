@@ -16,7 +16,7 @@ class Latents(Connector):
     """As many features a picture as the resampler has latents, in one row, and no static token."""
 
     Config = ResamplerConfig
-    looks = False
+    placed = looks = False
 
     def __init__(self, config: ResamplerConfig, dims: Dims, encoder: VisionEncoder) -> None:
         super().__init__(config, dims, encoder)

@@ -44,7 +44,7 @@ class QFormerTokens(VisionEncoder):
     """
 
     Config = QFormerTokensConfig
-    looks = False
+    placed = looks = False
 
     def __init__(self, config: QFormerTokensConfig) -> None:
         super().__init__(config)

@@ -10,8 +10,11 @@ from typing import Any
 
 from ipn_core.errors import CheckpointError, ConfigError, near
 
-__all__ = ["build_processor", "read_settings"]
+__all__ = ["WHOLE", "build_processor", "read_settings", "visible"]
 
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+_PERCENT_BELOW = 384
+"""ConvNeXt's processor crops a share of the middle where pictures become smaller than this."""
 _FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -80,6 +83,29 @@ def build_processor(settings: Mapping[str, Any]) -> Any:
         return cls.from_dict(dict(settings))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the image processor '{name}' refuses its settings: {error}") from None
+
+
+def visible(processor: Any, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Return the part of a picture (width, height) that a processor leaves, as fractions of it.
+
+    Beyond 0 or 1 where it pads.
+    """
+    width, height = map(float, size)
+    its, crop = processor.size, getattr(processor, "crop_size", None)
+    edge = getattr(its, "shortest_edge", None)
+    if getattr(processor, "do_resize", True) and edge:
+        scale = edge / min(width, height)
+        width, height = width * scale, height * scale
+    elif getattr(processor, "do_resize", True) and getattr(its, "width", None):
+        width, height = float(its.width), float(its.height)
+    percent = getattr(processor, "crop_pct", None)
+    if percent and edge and edge < _PERCENT_BELOW:
+        across, down = percent * edge / width, percent * edge / height
+    elif crop is not None and getattr(processor, "do_center_crop", False):
+        across, down = crop.width / width, crop.height / height
+    else:
+        return WHOLE
+    return ((1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2)
 
 
 def _from_folder(folder: Path) -> dict[str, Any]:

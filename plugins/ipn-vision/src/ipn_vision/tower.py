@@ -17,7 +17,7 @@ from ipn_core.errors import ConfigError
 from ipn_core.stages import EncodedImage, VisionEncoder
 from ipn_vision.digest import Digest
 from ipn_vision.loading import fetch, load_tower
-from ipn_vision.pixels import build_processor, read_settings
+from ipn_vision.pixels import WHOLE, build_processor, read_settings, visible
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -99,6 +99,15 @@ class VisionTower(VisionEncoder):
             sizes = getattr(its, "hidden_sizes", None)
             width = sizes[-1] if sizes else its.embed_dim
         return int(width)
+
+    @property
+    def looks(self) -> bool:
+        """Whether its patches are of the whole picture: boxes of it then mean what they say."""
+        return visible(self.processor, (2, 1)) == visible(self.processor, (1, 1)) == WHOLE
+
+    def shows(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Return the part of a picture that its processor leaves."""
+        return visible(self.processor, size)
 
     @property
     def fingerprint(self) -> str:

@@ -81,8 +81,9 @@ class Zoom(RVII):
         reasons = super().not_supported_reasons(config, dims)
         if not dims.looks:
             reasons.append(
-                "it looks again at parts of the picture, and the features of this perceiver are "
-                "not of places in it: leave perceive out, or use rvii"
+                "it looks again at parts of the picture, and these features are not of places in "
+                "the whole of it (a perceiver resamples them, or the encoder crops pictures, as "
+                "vision may without image_size): change perceive or encoder, or use rvii"
             )
         return reasons
 
