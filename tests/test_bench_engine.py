@@ -10,6 +10,7 @@ import torch
 
 from ipn_core.benchmarking.engine import subjects
 from ipn_core.benchmarking.engine.first_token import setup_first_token
+from ipn_core.benchmarking.engine.memory import SIDES, growth, slope
 from ipn_core.benchmarking.engine.questions import QUESTIONS, Album
 from ipn_core.benchmarking.engine.report import text
 from ipn_core.benchmarking.engine.table import Found, Session, measure
@@ -63,6 +64,13 @@ def test_rows_that_find_different_tokens_are_not_timed() -> None:
         case.embeds[:, -1] += 100.0
     with pytest.raises(AssertionError, match="the rows find different first tokens"):
         case.check()
+
+
+def test_growth_is_one_where_memory_is_linear_and_four_where_quadratic() -> None:
+    linear = [5000.0 + 100 * side**2 for side in SIDES]
+    assert growth(linear) == pytest.approx(1)
+    assert slope(linear) == pytest.approx(100)
+    assert growth([float(side**4) for side in SIDES]) == pytest.approx(4)
 
 
 def test_ways_of_asking_that_answer_otherwise_are_not_timed() -> None:

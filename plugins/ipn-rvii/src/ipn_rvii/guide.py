@@ -9,6 +9,7 @@ patches, how much each is of a kind.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ipn_core import Config, VisualFeatures
+from ipn_core.features import ImageSpan
 from ipn_core.positions import cosines
 
 __all__ = ["Guide", "GuideConfig", "Guided"]
@@ -100,7 +102,7 @@ class Guide(nn.Module):
         codes = cosines(positions, self.config.frequencies).to(asked.dtype)
         logits = logits + torch.einsum("bf,bpf->bp", self.where(asked), codes)
         first = logits.masked_fill(~mask, -1e4).softmax(-1)
-        moved = self._moved(first, asked, positions, features)
+        moved = self._moved(first, asked, features)
         maps = torch.stack([first, moved], dim=1)
         findings = self._evidence(similarity, mask) + self._tally(asked, patches, features)
         return Guided((maps + _FLOOR).log(), findings.unsqueeze(1))
@@ -117,26 +119,61 @@ class Guide(nn.Module):
         shown = features.spread(self.image(patches))
         return _SHARPNESS * torch.einsum("bw,bpw->bp", self.text(asked), shown)
 
-    def _moved(
-        self, first: Tensor, asked: Tensor, positions: Tensor, features: VisualFeatures
+    def _moved(self, first: Tensor, asked: Tensor, features: VisualFeatures) -> Tensor:
+        """Move a map by the step that the request gives, within each picture.
+
+        How likely a step is, `softmax_i(f(y_i − y_j) + g(x_i − x_j))`, is a product of two: the map
+        (h, w) of a picture becomes `S_y · map · S_xᵀ`, and no P × P matrix is held.
+        """
+        places = features.packed_positions()[0]
+        spans: list[list[ImageSpan]] = [[] for _ in range(features.batch)]
+        for span in features.images:
+            spans[span.sample].append(span)
+        if features.alike:
+            return self._moved_alike(first, asked, spans[0], places)
+        rows = [
+            self._moved_alike(first[row : row + 1], asked[row : row + 1], mine, places)
+            for row, mine in enumerate(spans)
+        ]
+        return torch.cat(rows)
+
+    def _moved_alike(
+        self, first: Tensor, asked: Tensor, spans: Sequence[ImageSpan], places: Tensor
     ) -> Tensor:
-        """Move a map by the step that the request gives, within each picture."""
-        frequencies = self.config.frequencies
-        cosines, sines = self.step(asked).chunk(2, dim=-1)
-        # How likely each step is, as a function on −1…1 a side that the request draws.
-        grid = (positions[:1] if features.alike else positions).unsqueeze(2)
-        steps = (grid - grid.transpose(1, 2)) / 2
-        waves = torch.arange(frequencies, device=first.device) * torch.pi * 2
-        angles = (steps.unsqueeze(-1) * waves).flatten(-2)
-        spread = "bf,zijf->bij" if angles.shape[0] == 1 else "bf,bijf->bij"
-        kernel = torch.einsum(spread, cosines, angles.cos().to(asked.dtype))
-        kernel = kernel + torch.einsum(spread, sines, angles.sin().to(asked.dtype))
-        if any(span.place for span in features.images):
-            places = features.places()
-            apart = places.unsqueeze(2) != places.unsqueeze(1)
-            kernel = kernel.masked_fill(apart, -1e4)
-        kernel = kernel.masked_fill(~features.mask.unsqueeze(2), -1e4)
-        return torch.einsum("bij,bj->bi", kernel.softmax(1), first)
+        """Move maps (n, P) of samples whose pictures have the grids of `spans`, one after another.
+
+        Args:
+            first: the maps; zero where padded.
+            asked: (n, W).
+            spans: of one of the samples.
+            places: (N, 2) of the packed patches.
+        """
+        waves = [part.unflatten(-1, (2, -1)) for part in self.step(asked).chunk(2, dim=-1)]
+        parts, start = [], 0
+        for span in spans:
+            h, w = span.grid
+            centres = places[span.offset : span.offset + span.length].unflatten(0, (h, w))
+            down = self._steps(centres[:, 0, 0], [part[:, 0] for part in waves])
+            right = self._steps(centres[0, :, 1], [part[:, 1] for part in waves])
+            shown = first[:, start : start + span.length].unflatten(1, (h, w))
+            parts.append((down @ shown @ right.transpose(1, 2)).flatten(1))
+            start += span.length
+        return torch.cat([*parts, first[:, start:]], dim=1)
+
+    def _steps(self, at: Tensor, waves: Sequence[Tensor]) -> Tensor:
+        """Return how likely each step along a side is: (n, to, from), each `from` adding up to 1.
+
+        Args:
+            at: (h,) where the patches stand on it.
+            waves: two of (n, frequencies), of cosines and of sines on −1…1.
+        """
+        steps = (at.unsqueeze(1) - at) / 2
+        frequencies = torch.arange(self.config.frequencies, device=at.device) * torch.pi * 2
+        angles = steps.unsqueeze(-1) * frequencies
+        cosines, sines = waves
+        kernel = torch.einsum("bf,ijf->bij", cosines, angles.cos().to(cosines.dtype))
+        kernel = kernel + torch.einsum("bf,ijf->bij", sines, angles.sin().to(sines.dtype))
+        return kernel.softmax(1)
 
     def _evidence(self, similarity: Tensor, mask: Tensor) -> Tensor:
         """Say (B, W) whether the pictures show what is named: bumps along the best similarity."""
