@@ -61,10 +61,16 @@ class Cell:
         return self.timings[name].to_row()
 
 
+_compiled_for: list[tuple[object, ...]] = []
+
+
 def setup_attention(case: Case, device: torch.device) -> Trial:
     """Draw a call and hold every backend against double precision; for time and memory alike."""
-    if device.type == "cuda":
-        torch.compiler.reset()  # flex is compiled for a few kinds of calls only, then no more
+    kind = (case.masking, case.dtype, case.grad, case.head_dim, case.heads)
+    if device.type == "cuda" and _compiled_for != [kind]:
+        # Torch compiles flex for a few kinds of calls and shapes, and then no more.
+        torch.compiler.reset()
+        _compiled_for[:] = [kind]
     return Trial(case, device)
 
 

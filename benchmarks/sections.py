@@ -84,8 +84,17 @@ class Book:
                 )
                 continue
             path = self._store(section, device, page, self.folder)
+            self._clear(path.name)
             self.told.append(f"{section} on {device}: {len(page.rows)} rows in {path}")
         self._pages.clear()
+
+    def _clear(self, name: str) -> None:
+        """Remove what was put aside before it was whole."""
+        aside = self.folder / "partly"
+        for path in (aside / name, (aside / name).with_suffix(".lock")):
+            path.unlink(missing_ok=True)
+        if aside.is_dir() and not any(aside.iterdir()):
+            aside.rmdir()
 
     def _store(self, section: str, device: str, page: _Page, folder: Path) -> Path:
         rows = list(page.rows.values())

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from toys import toy_model
 
 from ipn_core.attention import AttentionBackend, AttentionInputs, choice, timing
 from ipn_core.attention import exact as reference
 from ipn_core.attention.choice import Case, write_table
 from ipn_core.attention.dispatch import choose
-from ipn_core.attention.drawing import draw, label
+from ipn_core.attention.drawing import _times, cases_of, default_cases, draw, label
 from ipn_core.attention.exact import exact, largest_difference, results
 from ipn_core.attention.timing import Timing, Trial, fastest, measure
 from ipn_core.hooks import hookimpl
+from ipn_core.model import IPN
 from ipn_core.plugins import add_plugin, get_registry
 
 CPU = torch.device("cpu")
@@ -59,6 +61,35 @@ def test_a_difference_counts_by_the_largest_value_and_nothing_hides_one() -> Non
     off = [true[0] + torch.tensor([0.0, 0.4]), true[1]]
     assert largest_difference(off, true) == pytest.approx(0.1)
     assert largest_difference([true[0], true[1] * float("nan")], true) == float("inf")
+
+
+# -- what a model computes -------------------------------------------------------------------------
+
+
+def test_a_model_tells_what_it_leaves_to_auto(registry: Any) -> None:
+    rvii = {"width": 16, "depth": 2, "heads": 2}  # the last block is asked for its map
+    model = toy_model(registry, "rvii", interact=rvii)
+    found = cases_of(model)
+    own = Case(1, 4, 4, 2, 2, 8, 8, "float32", "none", False)
+    patches = own._replace(keys=9)
+    assert set(found) == {
+        own,
+        patches,
+        own._replace(batch=32, grad=True),
+        patches._replace(batch=32, grad=True),
+    }
+    assert cases_of(toy_model(registry, "static")) == []
+
+
+def test_sequences_end_to_end_grow_with_their_number() -> None:
+    packed = PLAIN._replace(masking="packed", queries=6, keys=10)
+    assert _times(packed, 4) == packed._replace(batch=8, queries=24, keys=40)
+    assert _times(PLAIN, 4) == PLAIN._replace(batch=8)
+
+
+@pytest.mark.weights
+def test_the_default_shapes_are_what_the_starter_computes() -> None:
+    assert set(cases_of(IPN.from_pretrained("starter"))) == set(default_cases(CPU))
 
 
 # -- timing ----------------------------------------------------------------------------------------

@@ -301,6 +301,10 @@ def test_what_is_measured_so_far_is_put_aside(
     aside = Results.read(path_of("cpu", tmp_path / "partly"))
     assert [row.name for row in aside.sections["long"].rows] == ["a"]
     assert not path_of("cpu", tmp_path).exists()
+    book.enter("long", "cpu", Row.of("b", [1.0]))
+    book.close()
+    assert path_of("cpu", tmp_path).exists()
+    assert not (tmp_path / "partly").exists()
 
 
 def run(folder: Path, code: str, *words: str) -> subprocess.CompletedProcess[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ipn_core.attention.backend import AttentionBackend
-from ipn_core.attention.choice import answers, measured
+from ipn_core.attention.choice import Case, answers, measured
 from ipn_core.attention.inputs import AttentionInputs
 from ipn_core.errors import AttentionUnavailableError, IPNError, PluginError, StageError
 from ipn_core.plugins import Component, get_registry
@@ -22,6 +23,7 @@ __all__ = [
     "backends_for",
     "choose",
     "get_backend",
+    "listening",
 ]
 
 AUTO = ("xformers", "sdpa", "eager")
@@ -32,6 +34,7 @@ REMEMBERED = 4096
 """Kinds of calls for which it is kept what "auto" took."""
 
 _made: dict[str, tuple[Component, AttentionBackend]] = {}
+_listeners: list[Callable[[AttentionInputs], object]] = []
 
 
 @overload
@@ -215,6 +218,8 @@ def choose(inputs: AttentionInputs) -> AttentionBackend:
     """
     if inputs.return_map or torch.compiler.is_compiling():
         return _first(AUTO, inputs)[0]
+    for listener in _listeners:
+        listener(inputs)
     kind = _kind(inputs)
     known: tuple[Component, AttentionBackend] | None = answers.get(kind)
     if known is not None:
@@ -230,6 +235,23 @@ def choose(inputs: AttentionInputs) -> AttentionBackend:
             answers.clear()
         answers[kind] = _made[backend.name]
     return backend
+
+
+@contextmanager
+def listening() -> Iterator[list[Case]]:
+    """Yield a list that fills with each distinct call that is left to a measured "auto"."""
+    heard: list[Case] = []
+
+    def listen(inputs: AttentionInputs) -> None:
+        case = Case.of(inputs)
+        if case not in heard and not inputs.is_empty:
+            heard.append(case)
+
+    _listeners.append(listen)
+    try:
+        yield heard
+    finally:
+        _listeners.remove(listen)
 
 
 def _kind(inputs: AttentionInputs) -> Any:

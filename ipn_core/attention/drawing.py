@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ipn_core.attention.choice import Case
+from ipn_core.attention.dispatch import listening
 from ipn_core.attention.inputs import AttentionInputs
 
-__all__ = ["default_cases", "draw", "label", "ragged"]
+if TYPE_CHECKING:
+    from ipn_core.model import IPN
+
+__all__ = ["cases_of", "default_cases", "draw", "label", "ragged"]
+
+TAUGHT = 32
+"""Questions in a batch of training, where the model does not say."""
 
 
 def default_cases(device: torch.device) -> list[Case]:
@@ -22,9 +29,34 @@ def default_cases(device: torch.device) -> list[Case]:
     return [
         Case(batch, 5, keys, 8, 8, 32, 32, dtype, masking, grad)
         for dtype in dtypes
-        for batch, grad in ((1, False), (32, True))
+        for batch, grad in ((1, False), (TAUGHT, True))
         for keys, masking in ((5, "none"), (64, "bias"))
     ]
+
+
+def cases_of(model: IPN) -> list[Case]:
+    """Return what a model leaves to "auto": asked a question, and taught 32 with their pictures.
+
+    Calls that want a map are not among them: these go by the list (`choice`).
+    """
+    from PIL import Image
+
+    from ipn_core.prompt import Prompt
+
+    picture = Image.new("RGB", (256, 256))
+    with listening() as asked:
+        model.generate([Prompt.ask("What is it?", [picture])], max_new_tokens=2)
+    with listening() as taught, torch.enable_grad():
+        model([Prompt.ask("What is it?", [picture], answer="yes")])
+    return list(dict.fromkeys([*asked, *(_times(case, TAUGHT) for case in taught)]))
+
+
+def _times(case: Case, count: int) -> Case:
+    """Return the call of a batch of so many; sequences end to end get longer with their number."""
+    longer = count if "packed" in case.masking.split("+") else 1
+    return case._replace(
+        batch=case.batch * count, queries=case.queries * longer, keys=case.keys * longer
+    )
 
 
 def label(case: Case) -> str:

@@ -62,9 +62,30 @@ def table(path: str) -> list[dict[str, object]]:
     return rows
 
 
+def test_what_a_model_computes_is_timed(
+    ipn: Callable[..., Run], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = choice.Case(2, 3, 4, 2, 2, 16, 16, "float32", "none", False)
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "ipn_core.attention.drawing.cases_of", lambda model: asked.append(model.strategy) or [case]
+    )
+    words = ("bench", "attention", "--seconds", "0", "--model", home / "model")
+    run = ipn(*words, "--json")
+    assert run.code == 0, run.err
+    assert asked == ["tiny-look"]
+    assert [row["case"]["keys"] for row in json.loads(run.out)["rows"]][:1] == [4]
+
+
+def test_a_model_that_leaves_nothing_to_auto_is_told(ipn: Callable[..., Run], home: Path) -> None:
+    run = ipn("bench", "attention", "--model", home / "model")
+    assert_refused(run, "leaves no attention to the backend 'auto'", "with '--shape'")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (("--model", "starter", "--shape", "5,6,8,32,1"), "both say what to time"),
         (("--shape", "5,64,8,32"), "five numbers from 1 such as 5,64,8,32,1"),
         (("--shape", "5,64,9/2,32,1"), "got '5,64,9/2,32,1'"),
         (("--shape", "5,64,8,32,0"), "five numbers from 1"),

@@ -32,6 +32,13 @@ def attention(
             "batch. Several times for several; by default what the starter computes.",
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|PATH",
+            help="Time what this model computes when it is asked and taught, instead.",
+        ),
+    ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help=f"Of --shape: {', '.join(DTYPES)}.")
     ] = None,
@@ -55,21 +62,25 @@ def attention(
 ) -> None:
     """Time every attention backend, checked against double precision first."""
     from ipn_core.cli.terminal import Bar, note, print_json, quiet
+    from ipn_core.errors import UserError
 
     parsed = [_parse(words) for words in shape or []]
     for what, given, known in (("dtype", dtype, DTYPES), ("masking", masking, MASKINGS)):
         _check(what, given or [], known, bool(shape))
+    if model is not None and parsed:
+        raise UserError("'--model' and '--shape' both say what to time. Give one of them.")
     with quiet():
         from ipn_core.attention.choice import machine, write_table
         from ipn_core.attention.drawing import default_cases
         from ipn_core.attention.timing import fastest, measure
 
         where = _device(device)
-        cases = (
-            _cases(parsed, dtype or [_usual(where)], masking or ["none"], backward)
-            if parsed
-            else default_cases(where)
-        )
+        if model is not None:
+            cases = _used_by(model, where)
+        elif parsed:
+            cases = _cases(parsed, dtype or [_usual(where)], masking or ["none"], backward)
+        else:
+            cases = default_cases(where)
         with Bar("timing attention") as bar:
             timings = measure(cases, where, seconds=seconds, report=bar.steps)
         table = write_table(where, fastest(timings)) if tune else None
@@ -132,6 +143,20 @@ def _device(name: str | None) -> torch.device:
         # With its number, as tensors have it.
         device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _used_by(model: str, device: torch.device) -> list[Case]:
+    from ipn_core.attention.drawing import cases_of
+    from ipn_core.cli.loading import load_model
+    from ipn_core.errors import UserError
+
+    cases = cases_of(load_model(model, None, untrained=False).to(device))
+    if not cases:
+        raise UserError(
+            f"'{model}' leaves no attention to the backend 'auto': there is nothing to time. Name "
+            "shapes with '--shape'."
+        )
+    return cases
 
 
 def _usual(device: torch.device) -> str:
