@@ -18,6 +18,7 @@ from ipn_core.benchmarking.engine.training import Steps, setup_steps
 from ipn_core.benchmarking.rows import Row
 from ipn_core.testing.tiny import tiny_backbone
 
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("small_interaction")
 
 
@@ -110,8 +111,22 @@ def test_a_pass_that_is_told_something_else_is_not_timed(steps: Steps) -> None:
         steps.check_all()
 
 
+def test_every_way_to_lower_the_floor_gives_the_plain_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import floor
+
+    monkeypatch.setattr(floor, "EARLY", (1, 26))  # the second is above the toy's last layer
+    found = floor.measure(tiny_backbone("llama-gqa").lm, 2, compiles=False)
+    errors = {row.name: row.error for row in found.rows if row.error is not None}
+    assert len(errors) == 6
+    for name, error in errors.items():
+        assert error <= (3e-2 if "bf16" in name else 1e-5), name
+
+
 def test_goals_that_are_missed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.checking import missed
 
     def of(value: float, better: Any) -> Found:
