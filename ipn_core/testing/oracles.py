@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import re
 import shutil
 import string
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from ipn_core.testing.tiny import tiny_tokenizer
 
 if TYPE_CHECKING:
+    from PIL import Image
     from transformers import PreTrainedTokenizerBase
 
     from ipn_core.model import IPN
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "assert_same",
     "bert_tokenizer",
+    "command_answer",
     "llama_tokenizer",
     "prompt_logits",
     "randomise",
@@ -53,6 +57,28 @@ def prompt_logits(model: IPN, prompts: Sequence[Prompt]) -> list[Tensor]:
         out = model.backbone.extend(prefix.embeds, prefix.state.cache, positions, mask)
     logits = model.backbone.logits(out.last)
     return [row[real] for row, real in zip(logits, prefix.mask, strict=True)]
+
+
+def command_answer(model: str, image: Image.Image, question: str, folder: Path) -> str:
+    """Return what `ipn ask IMAGE QUESTION --model MODEL` prints.
+
+    Args:
+        model: as a user names it, such as "llava:SOURCE".
+        image: is saved first.
+        question: is asked.
+        folder: for the picture.
+
+    Raises:
+        AssertionError: the command fails.
+    """
+    from ipn_core.cli import main
+
+    image.save(folder / "asked.png")
+    out, told = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(told):
+        code = main(["ask", str(folder / "asked.png"), question, "--model", model])
+    assert code == 0, told.getvalue()
+    return out.getvalue().removesuffix("\n")
 
 
 def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -239,6 +239,15 @@ def test_a_language_model_that_lacks_a_tensor(
     assert_refused(ipn(*ask), "cannot be loaded", "Fetch or save them again")
 
 
+@pytest.mark.parametrize("importer", ["llava", "blip2", "instructblip", "idefics"])
+def test_a_published_checkpoint_out_of_reach_is_one_line_and_1(
+    home: Path, ipn: Callable[..., Run], importer: str
+) -> None:
+    run = ipn("ask", home / "scene.png", "hi", "-m", f"{importer}:no/such")
+    assert (run.code, run.out, run.err.count("\n")) == (1, "", 1)
+    assert f"cannot fetch the weights '{importer}:no/such' from the hub" in run.err
+
+
 def test_a_hub_that_cannot_be_reached_is_1(home: Path, ipn: Callable[..., Run]) -> None:
     run = ipn("ask", home / "scene.png", "hi", "-m", "no/such")
     assert (run.code, run.out) == (1, "")

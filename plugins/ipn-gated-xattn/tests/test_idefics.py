@@ -20,6 +20,7 @@ from ipn_core.errors import CheckpointError
 from ipn_core.prompt import Prompt
 from ipn_core.testing.oracles import (
     assert_same,
+    command_answer,
     prompt_logits,
     randomise,
     record_oracle,
@@ -207,6 +208,11 @@ def test_greedy_text_is_the_originals(saved: Any, imported: Any, form: str) -> N
             bad_words_ids=[[ids[FAKE]], [ids[IMAGE]]],
         )
         assert list(answer.ids) == made[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_the_command_asks_it(saved: Any, imported: Any, tmp_path: Path) -> None:
+    expected = imported("instruct").ask(ONE, "What?").text
+    assert command_answer(saved("instruct").name, ONE, "What?", tmp_path) == expected != ""
 
 
 def test_a_dialogue_equals_a_fresh_start(imported: Any) -> None:

@@ -28,6 +28,7 @@ from ipn_core.prompt import Prompt
 from ipn_core.testing.oracles import (
     assert_same,
     bert_tokenizer,
+    command_answer,
     llama_tokenizer,
     prompt_logits,
     randomise,
@@ -196,6 +197,11 @@ def test_greedy_text_is_the_originals(original: Original, ours: IPN) -> None:
     assert [list(answer.ids) for answer in answers] == expected
     assert [list(ours.ask(s, q, max_new_tokens=8).ids) for q, s in asked] == expected
     assert len({tuple(ids) for ids in expected}) > 1
+
+
+def test_the_command_asks_it(original: Original, ours: IPN, tmp_path: Path) -> None:
+    name, expected = f"{original.name}:{original.folder}", ours.ask(picture(1), "What?").text
+    assert command_answer(name, picture(1), "What?", tmp_path) == expected != ""
 
 
 def test_an_answer_ends_where_the_originals_does(tmp_path: Path) -> None:

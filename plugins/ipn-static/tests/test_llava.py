@@ -24,6 +24,7 @@ from ipn_core.errors import CheckpointError, DownloadError, UnknownNameError
 from ipn_core.prompt import Prompt
 from ipn_core.testing.oracles import (
     assert_same,
+    command_answer,
     llama_tokenizer,
     prompt_logits,
     randomise,
@@ -126,6 +127,12 @@ def test_greedy_text_is_the_originals(llava: Any) -> None:
         made = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         new = made[0, inputs["input_ids"].shape[1] :].tolist()
         assert list(answer.ids) == new
+
+
+def test_the_command_asks_it(llava: Any, tmp_path: Path) -> None:
+    name = f"llava:{llava[0]}"
+    expected = IPN.from_pretrained(name).ask(picture(1), "What?").text
+    assert command_answer(name, picture(1), "What?", tmp_path) == expected != ""
 
 
 def test_several_shards_hold_the_same(llava: Any, tmp_path: Path) -> None:
