@@ -88,6 +88,14 @@ def test_colour_lies_where_the_attention_went() -> None:
     assert faded[56, 56].min() > 0.6
 
 
+@pytest.mark.parametrize(("size", "aspect"), [((160, 120), 1.0), ((4000, 9), "auto")])
+def test_a_picture_like_a_line_is_widened_so_that_it_is_seen(
+    size: tuple[int, int], aspect: object
+) -> None:
+    figure = heatmap._figure([[np.ones((2, 2), np.float32)]], [grey(size)], "q", "a")
+    assert figure.axes[0].get_aspect() == aspect
+
+
 def test_title_names_question_and_answer_as_they_are() -> None:
     question = "What does $x^2$ & <img> cost?\n" + "very " * 60
     figure = heatmap._figure([[np.ones((2, 2), np.float32)]], [grey()], question, "$5")

@@ -6,7 +6,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,8 @@ __all__ = ["draw_heatmap", "require_map", "upsample"]
 Edges = tuple[float, float, float, float]
 """(left, top, right, bottom) as fractions of a picture's sides."""
 WHOLE: Edges = (0.0, 0.0, 1.0, 1.0)
+LINE = 12
+"""A picture so many times as long as wide would be a line in its panel; it fills it instead."""
 PANEL_IN = 4.6
 """Longer side of a panel, in inches at 120 dots an inch."""
 FADE = 0.55
@@ -170,6 +172,7 @@ def _panel(
 ) -> Any:
     """Draw one picture, faded where nobody looked, and the map over the part that it is of."""
     longest = max(image.size)
+    aspect: Literal["equal", "auto"] = "auto" if longest > LINE * min(image.size) else "equal"
     if longest > 1024:
         # A panel has some 550 dots; more pixels only cost time.
         scale = 1024 / longest
@@ -180,10 +183,15 @@ def _panel(
     seen = np.clip(large / top, 0, 1)[:, :, None]
     grey = pixels.mean(axis=2, keepdims=True)
     faded = pixels * (1 - FADE) + (0.35 * grey + 0.65) * FADE
-    axes.imshow(pixels * seen + faded * (1 - seen))
+    axes.imshow(pixels * seen + faded * (1 - seen), aspect=aspect)
     # Strong enough to be seen, never so strong that it hides what lies below.
     drawn = axes.imshow(
-        np.clip(large, 0, top), cmap="plasma", vmin=0, vmax=top, alpha=0.65 * seen[:, :, 0] ** 0.75
+        np.clip(large, 0, top),
+        cmap="plasma",
+        vmin=0,
+        vmax=top,
+        alpha=0.65 * seen[:, :, 0] ** 0.75,
+        aspect=aspect,
     )
     axes.set_axis_off()
     # The bar shows the colours without the map's transparency.
