@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lessons import lesson_registry
 from ipn_core.comparison.arms import Arm, Arms
 from ipn_core.comparison.config import CompareConfig
 from ipn_core.comparison.executors import Ray
-from ipn_core.errors import ConfigError, UserError
+from ipn_core.errors import ConfigError, IPNError, UserError
 
 pytestmark = pytest.mark.usefixtures("own_training")
 
@@ -152,6 +153,31 @@ def test_ray_is_missed_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"needs the package ray: pip install 'ipn-core\[ray\]'"):
         Ray(1)
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "kind", "said"),
+    [
+        (None, Exception("timed out"), IPNError, "no Ray cluster could be started.*timed out"),
+        ("a:1", ConnectionError("refused"), UserError, "RAY_ADDRESS=a:1 cannot be joined: refused"),
+    ],
+)
+def test_a_cluster_that_does_not_start_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+    address: str | None,
+    error: Exception,
+    kind: type[IPNError],
+    said: str,
+) -> None:
+    def init(**_: object) -> None:
+        raise error
+
+    stub = types.SimpleNamespace(is_initialized=lambda: False, init=init)
+    monkeypatch.setitem(sys.modules, "ray", stub)
+    monkeypatch.setenv("RAY_ADDRESS", address or "")
+    with pytest.raises(IPNError, match=said) as caught:
+        Ray(1).run([], lambda *_: None)
+    assert type(caught.value) is kind
 
 
 @pytest.mark.slow

@@ -149,11 +149,16 @@ def _cluster(ray: Any, cores: int) -> Iterator[None]:
         options["object_store_memory"] = _STORE
     try:
         ray.init(log_to_driver=False, logging_level="error", **options)
-    except ConnectionError as error:
-        raise UserError(
-            f"the Ray cluster of RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} cannot be joined: "
-            f"{first_line(error)} Check that it runs, and RAY_AUTH_MODE, which joining one with "
-            "tokens needs."
+    except Exception as error:  # ray raises bare ones, too
+        if os.environ.get("RAY_ADDRESS"):
+            raise UserError(
+                f"the Ray cluster of RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined: "
+                f"{first_line(error)} Check that it runs, and RAY_AUTH_MODE, which joining one "
+                "with tokens needs."
+            ) from error
+        raise IPNError(
+            f"no Ray cluster could be started on this machine: {first_line(error)} Try again when "
+            "it has less to do, or leave --executor out, and go on with --resume."
         ) from error
     try:
         yield

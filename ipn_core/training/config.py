@@ -15,6 +15,7 @@ Factors: TypeAlias = dict[str, Annotated[float, Field(gt=0)]]
 _Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 _PREFIXES = 2.0
+_EPS = 1e-8
 
 
 def _unset(value: Any) -> bool:
@@ -24,6 +25,10 @@ def _unset(value: Any) -> bool:
 
 def _usual_prefixes(value: float) -> bool:
     return value == _PREFIXES
+
+
+def _usual_eps(value: float) -> bool:
+    return value == _EPS
 
 
 class DataConfig(Config):
@@ -75,6 +80,7 @@ class StageConfig(Config):
         floor: where the cosine ends, as a fraction of `lr`.
         weight_decay: of matrices.
         betas: of AdamW.
+        eps: of AdamW; gradients below it make small steps, whatever their history.
         clip: largest norm of the gradient.
         validate_every: steps between looks at the validation examples, 0 for only at the end.
     """
@@ -94,6 +100,7 @@ class StageConfig(Config):
     floor: float = Field(default=0.0, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[_Decay, _Decay] = (0.9, 0.98)
+    eps: float = Field(default=_EPS, gt=0, exclude_if=_usual_eps)
     clip: float = Field(default=1.0, gt=0)
     validate_every: int = Field(default=0, ge=0)
 

@@ -137,7 +137,7 @@ class StageRun:
             self.prefixes = PrefixCache(model, prefixes)
         share = (accelerator.process_index, accelerator.num_processes)
         self.sampler = Sampler(data, stage, seed, share)
-        optimizer = torch.optim.AdamW(groups(self.trained, stage), betas=stage.betas)
+        optimizer = torch.optim.AdamW(groups(self.trained, stage), betas=stage.betas, eps=stage.eps)
         self.losses, self.optimizer = _Losses(model, objectives), optimizer
         self._judge = self.losses.correct
         self.objectives = objectives

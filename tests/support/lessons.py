@@ -201,18 +201,6 @@ def without_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Batch, "prompts", masked)
 
 
-def alike() -> pytest.MonkeyPatch:
-    """Let AdamW leave alone what has no gradient but rounding, until this is undone.
-
-    Along some weights a loss is flat, such as the bias of an attention's keys. Rounding differs
-    with the order of sums, and AdamW makes steps of the full rate of it, whatever its size; the
-    larger epsilon keeps it from that, and changes little else about a step.
-    """
-    patch = pytest.MonkeyPatch()
-    patch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-5))
-    return patch
-
-
 def pace_steps(seconds: float) -> None:
     """Let every optimizer step of this process take some time more."""
     advance = StageRun.advance
@@ -258,9 +246,8 @@ def share_weights_out() -> None:
 def main(config: str, folder: str, rank: str | None = None) -> None:
     """Train in this process, going on from what is there.
 
-    Of several processes, all that differs between them is then shared out: see `alike`. The
-    environment's LESSON_STOP is the step before which the training is interrupted; with LESSON_FSDP
-    each process holds a part of every weight.
+    The environment's LESSON_STOP is the step before which the training is interrupted; with
+    LESSON_FSDP each process holds a part of every weight.
 
     Args:
         config: a JSON file.
@@ -271,8 +258,6 @@ def main(config: str, folder: str, rank: str | None = None) -> None:
     torch.set_num_threads(1)
     pace_steps(float(os.environ.get(PACE, "0")))
     values = json.loads(Path(config).read_text())
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        alike()
     if "LESSON_FSDP" in os.environ:
         share_weights_out()
     if stop := int(os.environ.get("LESSON_STOP", "0")):
