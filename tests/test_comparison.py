@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from comparing import comparing, comparison, outcomes
 from kills import run_killed
-from lessons import lesson_registry
+from lessons import lesson_registry, stage
 
 from ipn_core.comparison.arms import Arm, Arms
 from ipn_core.comparison.config import CompareConfig
@@ -78,6 +78,11 @@ def test_arms_do_what_their_inputs_allow_and_say_what_they_cannot(llm: Path) -> 
     assert "answer-embedding" in made["static", 2].left_out["answer"]
     steps = {tuple(stage["steps"] for stage in arm.stages) for arm in made.values()}
     assert len(steps) == 1
+    told = {"objectives": {"language": 1.0}, "train": ["perceive", "interact", "inject"]}
+    stages = [*comparing(llm)["stages"], {**stage("told", "verbalise"), "otherwise": told}]
+    made = arms({**comparing(llm), "stages": stages})
+    last = {name: list(arm.stages[-1]["objectives"]) for (name, _), arm in made.items()}
+    assert last == {"rvii": ["verbalise"], "rvii-constant": ["verbalise"], "static": ["language"]}
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,18 @@ def test_a_request_that_asks_is_refused(llm: Path, tmp_path: Path) -> None:
         training(learning(llm, {}, ["interact"]), tmp_path / "run").run()
 
 
-@pytest.mark.parametrize("objective", ["request-image", "answer-embedding", "verbalise"])
+def test_a_message_that_cannot_answer_is_taught_to_be_read_all_the_same(
+    llm: Path, tmp_path: Path
+) -> None:
+    told = stage("told", "verbalise", train=["inject", "slots.dynamic"], steps=40, lr=1e-2)
+    values = lesson(llm, told)
+    values["model"]["request"] = "constant"
+    training(values, tmp_path / "run").run()
+    losses = [entry["verbalise"] for entry in metrics(tmp_path / "run")]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("objective", ["request-image", "answer-embedding"])
 def test_what_needs_a_question_refuses_a_request_that_cannot_ask(
     llm: Path, tmp_path: Path, objective: str
 ) -> None:

@@ -39,9 +39,10 @@ class ImageText(Objective):
     def __init__(self, model: IPN, data: Sequence[DataSource]) -> None:
         super().__init__(model, data)
         if model.requester is not None and model.requester.asks:
+            assert model.config.request is not None
             raise self.refuse(
-                "needs tokens that no question changes; "
-                f"{model.label('request')} asks. Use 'answer-embedding'."
+                f"needs tokens that no question changes, and the requester "
+                f"'{model.config.request.name}' asks. Use 'answer-embedding'."
             )
         if model.interaction is None and not isinstance(model.perceiver, Connector):
             raise self.refuse("needs static tokens or messages; this strategy has neither.")

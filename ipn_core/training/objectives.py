@@ -58,6 +58,7 @@ class Objective(Guarded, ABC):
         through_llm: whether it runs the LLM itself, and so makes its own requests.
         unit: what `labels` counts, in the plural.
         answers: what looks shall bring, for objectives towards that.
+        needs_question: whether it makes sense of no request that is the same for all questions.
     """
 
     GUARDED = ("loss", "labels", "correct")
@@ -65,6 +66,7 @@ class Objective(Guarded, ABC):
     through_llm = False
     unit = "examples"
     answers: Answers | None = None
+    needs_question = True
 
     def __init__(self, model: IPN, data: Sequence[DataSource]) -> None:
         """Check that the model and the data can serve this objective.
@@ -254,6 +256,7 @@ class Verbalise(_TowardsAnswers):
     name = "verbalise"
     through_llm = True
     unit = "label tokens"
+    needs_question = False
 
     def loss(self, batch: Batch, request: Request | None) -> Tensor:
         """Put the targets' embeddings where the interaction's messages would stand."""
@@ -416,10 +419,10 @@ def _asks(objective: Objective) -> None:
             f"needs a strategy that asks; '{model.strategy}' does not. Use 'language'."
         )
     assert model.requester is not None
-    if not model.requester.asks:
+    if objective.needs_question and not model.requester.asks:
         raise objective.refuse(
             f"needs a request that depends on the question; that of {model.label('request')} "
-            "cannot. Use 'image-text' or 'language'."
+            "cannot. Use 'image-text', 'verbalise' or 'language'."
         )
     if any(e.dialogue is not None for d in objective.data for e in d.examples):
         raise objective.refuse("needs one question an example; some are dialogues. Use 'language'.")
