@@ -13,6 +13,7 @@ from ipn_core.attention.choice import Case
 from ipn_core.attention.dispatch import AUTO, backends_for, get_backend
 from ipn_core.attention.drawing import draw, label
 from ipn_core.attention.exact import call, exact, largest_difference, results
+from ipn_core.benchmarking.turns import turns
 from ipn_core.errors import IPNError
 
 if TYPE_CHECKING:
@@ -231,9 +232,9 @@ def fastest(timings: Iterable[Timing]) -> dict[Case, str]:
 def in_turn(
     tasks: dict[str, Callable[[], Any]], device: torch.device, seconds: float
 ) -> dict[str, list[float]]:
-    """Return samples of the seconds of a call; none is always the one after the same other.
+    """Return samples of the seconds of a call.
 
-    The i-th sample of one task was taken right before or after the i-th of each other.
+    The i-th sample of each was taken in the same turn, and each turn has its own order.
 
     Args:
         tasks: by name.
@@ -250,10 +251,8 @@ def in_turn(
     low, high = SAMPLES
     count = max(low, min(high, round(seconds / least))) if tasks else 0
     times: dict[str, list[float]] = {name: [] for name in tasks}
-    names = list(tasks)
-    for turn in range(count):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+    for order in turns(list(tasks), count):
+        for name in order:
             times[name].append(seconds_of(tasks[name], inner[name], device))
     return times
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ipn_core.benchmarking.engine.table import Found, against, took
+from ipn_core.benchmarking.turns import turns
 from ipn_core.clock import Clock
 from ipn_core.features import VisualFeatures
 from ipn_core.generate import decode
@@ -59,7 +61,7 @@ def measure(session: Session) -> Found:
     count = session.repeats(2, 1)
     found: dict[str, list[float]] = {}
     for repeat in range(count):
-        for name, seconds in album.time(shift=repeat).items():
+        for name, seconds in album.time(seed=repeat).items():
             found.setdefault(name, []).append(seconds)
     row = "questions"
     return Found(
@@ -219,11 +221,11 @@ class Album:
             if (got := batch()[: len(few)]) != expected:
                 raise AssertionError(f"'{name}' answers {got}, not {expected}")
 
-    def time(self, shift: int = 0) -> dict[str, float]:
+    def time(self, seed: int = 0) -> dict[str, float]:
         """Return the seconds of all questions, by the way of asking; the ways take turns.
 
         Args:
-            shift: which way comes first.
+            seed: of the order in which they do.
         """
         found: dict[str, float] = {}
 
@@ -232,13 +234,12 @@ class Album:
             run()
             found[name] = found.get(name, 0.0) + time.perf_counter() - started
 
-        singles, batches = list(self.one_by_one().items()), list(self.batches().items())
-        for number in range(len(self.questions)):
-            at = (shift + number) % len(singles)
-            for name, ask in singles[at:] + singles[:at]:
-                timed(name, lambda ask=ask, number=number: ask(number))  # type: ignore[misc]
-        for name, batch in batches[shift % 2 :] + batches[: shift % 2]:
-            timed(name, batch)
+        singles, batches = self.one_by_one(), self.batches()
+        for number, order in enumerate(turns(list(singles), len(self.questions), seed)):
+            for name in order:
+                timed(name, partial(singles[name], number))
+        for name in next(turns(list(batches), 1, seed)):
+            timed(name, batches[name])
         return found
 
 

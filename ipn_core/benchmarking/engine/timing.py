@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ipn_core.benchmarking.turns import turns
+
 __all__ = ["Timed", "collected", "in_turn", "ratios", "threads", "timing"]
 
 Timed = dict[str, float]
@@ -52,16 +54,14 @@ def in_turn(
     """Run all rows, again and again; yields the seconds and the results of each repetition.
 
     Args:
-        rows: by name; no row is always the one after another.
+        rows: by name; each repetition has its own order.
         repeats: how often.
         warm_up: further repetitions before them, which are not yielded.
     """
-    names = list(rows)
-    for repeat in range(-warm_up, repeats):
-        shift = repeat % len(names)
+    for repeat, order in enumerate(turns(list(rows), warm_up + repeats), start=-warm_up):
         timed: Timed = {}
         results = {}
-        for name in names[shift:] + names[:shift]:
+        for name in order:
             with timing(timed, name):
                 results[name] = rows[name]()
         if repeat >= 0:

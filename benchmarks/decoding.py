@@ -1,0 +1,111 @@
+"""Whether a static cache, or a compiled step, makes decoding faster here.
+
+    python -m benchmarks.decoding [--repeats N] [--threads N] [--compile]
+
+All ways decode the same tokens greedily after the same prefix, and must find the same ones:
+
+    dynamic   the cache that grows, as the engine has it
+    static    transformers' StaticCache, allocated beforehand
+    compiled  the same, its step through torch.compile (a minute or more of compiling)
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.results import Row, store
+from ipn_core.benchmarking.engine import subjects
+from ipn_core.benchmarking.engine.report import text
+from ipn_core.benchmarking.engine.table import Found, took
+from ipn_core.benchmarking.engine.timing import collected, in_turn, ratios, threads
+
+PREFIX, NEW = 139, 32
+
+
+class Decoding:
+    """A prefix, and greedy decoding after it."""
+
+    def __init__(self, lm: Any) -> None:
+        self.lm = lm
+        draw = torch.Generator().manual_seed(0)
+        self.prefix = torch.randint(0, lm.config.vocab_size, (1, PREFIX), generator=draw)
+
+    def dynamic(self) -> list[int]:
+        """Decode with the cache that grows."""
+        from transformers import DynamicCache
+
+        return self._decode(DynamicCache(config=self.lm.config), self.lm)
+
+    def static(self, step: Callable[..., Any] | None = None) -> list[int]:
+        """Decode with a cache that is as large as it will get."""
+        from transformers import StaticCache
+
+        return self._decode(
+            StaticCache(config=self.lm.config, max_cache_len=PREFIX + NEW), step or self.lm
+        )
+
+    @torch.no_grad()
+    def _decode(self, cache: Any, step: Callable[..., Any]) -> list[int]:
+        logits = self.lm(self.prefix, past_key_values=cache, logits_to_keep=1).logits
+        tokens: list[Tensor] = [logits[:, -1].argmax(-1, keepdim=True)]
+        for number in range(NEW - 1):
+            at = torch.tensor([[PREFIX + number]])
+            logits = step(tokens[-1], past_key_values=cache, position_ids=at).logits
+            tokens.append(logits[:, -1].argmax(-1, keepdim=True))
+        return torch.cat(tokens, dim=1)[0].tolist()
+
+
+def measure(lm: Any, repeats: int, compiles: bool) -> Found:
+    """Time all ways against the cache that grows."""
+    decoding = Decoding(lm)
+    ways: dict[str, Callable[[], list[int]]] = {
+        "dynamic": decoding.dynamic,
+        "static": decoding.static,
+    }
+    notes = ["the prefix is run within each way, so that ratios are a little too near to 1"]
+    if compiles:
+        step = torch.compile(lm, dynamic=False)
+        started = time.perf_counter()
+        decoding.static(step)
+        notes.append(f"compiling took {time.perf_counter() - started:.0f} s")
+        ways["compiled"] = lambda: decoding.static(step)
+    expected = ways["dynamic"]()
+    for name, run in ways.items():
+        if (got := run()) != expected:
+            raise AssertionError(f"'{name}' finds {got}, not {expected}")
+    found = collected(in_turn(ways, repeats))
+    rows = took("decoding", found)
+    rows += [
+        Row.of(f"decoding/{name} : dynamic", ratios(found[name], found["dynamic"]), unit="ratio")
+        for name in ways
+        if name != "dynamic"
+    ]
+    return Found("decoding", f"{NEW} tokens after {PREFIX}", rows, notes=notes)
+
+
+def main() -> None:
+    """Measure, print, and keep the section `decoding`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, help="fewer than all, on a busy machine")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes")
+    parser.add_argument("--no-store", action="store_true", help="print only")
+    options = parser.parse_args()
+    with threads(options.threads):
+        llm, name = subjects.backbone()
+        found = measure(llm.lm, options.repeats, options.compile)
+        print(f"{name}\n\n{text(found)}")
+        if not options.no_store:
+            notes = [f"language model: {name}", found.title, *found.notes]
+            again = ".venv/bin/python -m benchmarks.decoding --compile"
+            store("decoding", found.rows, notes=notes, again=again)
+
+
+if __name__ == "__main__":
+    main()
