@@ -47,7 +47,8 @@ class Decoding:
         from transformers import StaticCache
 
         return self._decode(
-            StaticCache(config=self.lm.config, max_cache_len=PREFIX + NEW), step or self.lm
+            StaticCache(config=self.lm.config, max_cache_len=PREFIX + NEW),
+            self.lm if step is None else step,
         )
 
     @torch.no_grad()
