@@ -52,7 +52,7 @@ CACHES, NONE = "all caches", "encoder on, no caches"
 BYTES = 1 << 31
 GOAL = 3.0
 """How many times as many examples a second a training must do with all caches."""
-REPEATS = 12
+REPEATS = 8
 QUESTION = 24
 """Tokens up to and with `<img-q>`."""
 
