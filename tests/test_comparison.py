@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import os
+import signal
+import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -15,9 +19,11 @@ from comparing import comparing, comparison, outcomes
 from kills import run_killed
 from lessons import lesson_registry, stage
 
+from ipn_core.comparison import executors
 from ipn_core.comparison.arms import Arm, Arms
 from ipn_core.comparison.config import CompareConfig
 from ipn_core.comparison.executors import Ray
+from ipn_core.comparison.job import Job
 from ipn_core.errors import ConfigError, IPNError, UserError
 
 pytestmark = pytest.mark.usefixtures("own_training")
@@ -282,6 +288,22 @@ def test_some_of_the_arms_can_be_picked(llm: Path) -> None:
     assert config.only(["rvii"]).sweep is None
     with pytest.raises(ConfigError, match=r"no arm 'statik'.*static"):
         config.only(["statik"])
+
+
+def test_jobs_end_with_the_process_that_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(_: Job) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return started[0]
+
+    monkeypatch.setattr(executors, "_start", start)
+    job = Job("one", "nowhere", {}, 0, {}, [], 1, 1)
+    with pytest.raises(SystemExit, match="143"):
+        executors.Local(1).run([job], lambda *_: None)
+    assert started[0].poll() is not None
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from ipn_core.comparison.job import Job
 from ipn_core.comparison.report import write_report
 from ipn_core.comparison.results import Results
 
+ROOT = Path(__file__).parents[1]
 SHARES = {"rvii": 0.9, "rvii-constant": 0.3, "film": 0.7, "static": 0.5}
 STAGES = [
     {"name": "answer", "objectives": {"answer-embedding": 1.0}, "train": ["interact"], "steps": 30},
@@ -207,3 +208,35 @@ def test_times_of_an_earlier_version_are_shown_as_they_are(tmp_path: Path) -> No
         "",
         "1.50 (1.4-1.6)",
     ]
+
+
+def test_the_summary_has_every_arm_and_the_requests_of_others(report: str) -> None:
+    header, _, *rows = table(report, "In short")
+    assert header == ["arm", "asks", "colours test"]
+    assert [row[0] for row in rows[:-1]] == [f"`{name}`" for name in SHARES]
+    assert [row[1] for row in rows] == ["yes", "no", "yes", "no", "in vain"]
+    by_type = {row[0]: row for row in table(report, "Accuracy on colours, split test")}
+    assert all(row[2] in by_type[row[0]] for row in rows[:-1])
+    assert float(rows[-1][2].split()[0]) < 35
+
+
+def test_what_is_kept_as_evidence_is_the_report_without_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.evidence import keep, summary
+
+    (folder / "weights.safetensors").write_bytes(b"x")
+    into = tmp_path / "docs" / "evidence"
+    keep(folder, into)
+    kept = {path.name for path in into.iterdir()}
+    assert {"report.md", "report.html", "results.csv", "accuracy.png"} <= kept
+    assert not any("weights" in name or "jobs" in name for name in kept)
+    text = summary(into, tmp_path)
+    assert text.startswith("**The request of `rvii` is used**: ")
+    assert "| `static` | no | " in text
+    assert "](docs/evidence/accuracy.png)" in text
+    assert "](docs/evidence/report.md)" in text
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=r"has no report.md, report.html, results.csv: finish"):
+        keep(tmp_path / "empty", into)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -54,15 +56,16 @@ class Local(Executor):
         waiting = list(jobs)
         running: list[tuple[Job, subprocess.Popen[bytes]]] = []
         try:
-            while waiting or running:
-                while waiting and len(running) < self.workers:
-                    job = waiting.pop(0)
-                    running.append((job, _start(job)))
-                for job, process in list(running):
-                    if process.poll() is not None:
-                        running.remove((job, process))
-                        ended(job, None if process.returncode == 0 else _last_words(job))
-                time.sleep(_POLL_S)
+            with _ending_when_told():
+                while waiting or running:
+                    while waiting and len(running) < self.workers:
+                        job = waiting.pop(0)
+                        running.append((job, _start(job)))
+                    for job, process in list(running):
+                        if process.poll() is not None:
+                            running.remove((job, process))
+                            ended(job, None if process.returncode == 0 else _last_words(job))
+                    time.sleep(_POLL_S)
         finally:
             for _, process in running:
                 process.terminate()
@@ -70,6 +73,23 @@ class Local(Executor):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=10)
                 process.kill()
+
+
+@contextlib.contextmanager
+def _ending_when_told() -> Iterator[None]:
+    """Let SIGTERM end the block by an exception, as Ctrl-C does: jobs would go on alone else."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:

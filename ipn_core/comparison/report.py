@@ -15,7 +15,10 @@ from ipn_core.comparison.results import Cell, Results
 from ipn_core.evaluation.statistics import Interval
 from ipn_core.files import atomic_write
 
-__all__ = ["write_report"]
+__all__ = ["SUMMARY", "write_report"]
+
+SUMMARY = "In short"
+"""The heading of the table that says most."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,31 @@ def _against_the_blind(results: Results) -> list[str]:
 
 
 def _tables(results: Results, facts: dict[str, str], first_token: dict[str, Any]) -> list[Table]:
-    tables = [_arms(results), _learned(results)]
+    tables = [_summary(results), _arms(results), _learned(results)]
     tables += [_split(results, task, split) for task, split in results.splits]
     tables += [_shuffled(results), _differences(results)]
     sweep = _sweep(results)
     return [*tables, *([sweep] if sweep else []), _cost(results, first_token), _made(facts)]
+
+
+def _summary(results: Results) -> Table:
+    rows = []
+    for group in results.main:
+        cells = (group.cell(task, split) for task, split in results.splits)
+        shown = ["" if cell is None else _interval(cell.accuracy) for cell in cells]
+        rows.append((f"`{group.name}`", "yes" if group.asks else "no", *shown))
+    foreign = {(task, split): cell for task, split, _, cell in results.shuffled}
+    found = [foreign.get(which) for which in results.splits]
+    shown = ["" if cell is None else _interval(cell.accuracy) for cell in found]
+    rows.append((f"`{results.reference}`, requests of other questions", "in vain", *shown))
+    tokens, seeds = results.asker.tokens, len(results.asker.seeds)
+    return Table(
+        SUMMARY,
+        f"Accuracy in per cent, with the 95 % interval over seeds and pictures; {tokens} tokens "
+        f"into the LLM for every arm, {seeds} {'seed' if seeds == 1 else 'seeds'}.",
+        ("arm", "asks", *(f"{task} {split}" for task, split in results.splits)),
+        rows,
+    )
 
 
 def _arms(results: Results) -> Table:

@@ -137,6 +137,8 @@ class Comparison:
         for job in jobs:
             job.check()
         missing = [job for job in jobs if not job.result.is_file()]
+        # Seed by seed, and the sweep last: what an interrupted run leaves is whole sets of arms.
+        missing.sort(key=lambda job: (job.arm["dynamic"] != self.config.dynamic, job.seed))
         if missing:
             self._fill_caches(maker, arms)
             self._run(missing)
