@@ -7,7 +7,23 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Answer", "Answers"]
+__all__ = ["Answer", "Answers", "Asked"]
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What an answer was asked, kept so that it can be shown with it.
+
+    Attributes:
+        question: the words of the last turn.
+        images: the pictures so far as they were given; they are opened again when they are shown.
+        boxes: for each, (left, top, right, bottom) of the part of it that the patches show; none
+            where patches are no places in a picture.
+    """
+
+    question: str = ""
+    images: tuple[Any, ...] = ()
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +42,7 @@ class Answer:
             into its cache or between its layers.
         looked: for each look that the model took by itself (`layout.look_again`), how many of
             `ids` came before it.
+        asked: the question and the pictures.
     """
 
     text: str
@@ -36,6 +53,7 @@ class Answer:
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     looked: tuple[int, ...] = ()
+    asked: Asked = field(default_factory=Asked, repr=False)
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -45,6 +63,12 @@ class Answer:
     def __str__(self) -> str:
         """Return the text."""
         return self.text
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the picture with the map, the answer, the seconds."""
+        from ipn_core.showing.notebook import summary
+
+        return summary(self)
 
 
 class Answers(list[Answer]):

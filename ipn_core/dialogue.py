@@ -117,7 +117,7 @@ def _joined(percepts: Sequence[Percept], model: IPN) -> Percept:
         _looker(percepts),
     )
     tokens = [t for p in percepts if p.tokens is not None for t in p.tokens]
-    return Percept(features, tokens or None)
+    return Percept(features, tokens or None, tuple(box for p in percepts for box in p.boxes))
 
 
 def _looker(percepts: Sequence[Percept]) -> Any:

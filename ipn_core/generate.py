@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ipn_core.answer import Answer, Answers
+from ipn_core.answer import Answer, Answers, Asked
 from ipn_core.errors import GenerationOptionError
 from ipn_core.generation import check_options, prompt_processors, repeats_of, with_config
 from ipn_core.look_again import HeldStreamer, Watch, refuse_options
@@ -74,7 +74,8 @@ def decode(
         stops = options.get("stop_strings") or options.get("stopping_criteria")
         sequences = _trimmed(output.sequences, ends, options["pad_token_id"] if stops else None)
         looked = [()] * len(sequences)
-    answers = _answers(model, prefix.state, sequences, looked, returned, clock)
+    asked = [_asked(plan, percept, row) for row, plan in enumerate(plans)]
+    answers = _answers(model, prefix.state, sequences, looked, returned, clock, asked)
     return Answers(answers, output), prefix.state, repeats == 1
 
 
@@ -242,6 +243,7 @@ def _answers(
     looked: Sequence[tuple[int, ...]],
     returned: int,
     clock: Clock,
+    asked: Sequence[Asked],
 ) -> list[Answer]:
     tokenizer = model.backbone.tokenizer
     seconds = clock.report()
@@ -268,9 +270,19 @@ def _answers(
                 seconds=seconds,
                 tokens=tokens,
                 looked=looked[index],
+                asked=asked[row],
             )
         )
     return answers
+
+
+def _asked(plan: Plan, percept: Percept, row: int) -> Asked:
+    """What a prompt asked, with the parts of its pictures that were seen."""
+    spans, boxes = percept.features.images, percept.boxes
+    if len(spans) != len(boxes):
+        boxes = ()  # a wrapper of perceive has changed which pictures there are
+    seen = tuple(box for span, box in zip(spans, boxes, strict=False) if span.sample == row)
+    return Asked(plan.question, plan.images, seen)
 
 
 def _maps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -319,6 +320,9 @@ class IPN(nn.Module):
                 f"returned tokens of {[tuple(one.shape) for one in got]}, expected (S, {D}) for "
                 f"each of {pictures} picture(s)."
             )
+        if opened and self.encoder.placed and self.perceiver.placed:
+            shown = (self.encoder.shows(image.size) for row in opened for image in row)
+            percept = replace(percept, boxes=tuple(shown))
         return percept
 
     def call(self, stage: str, **arguments: Any) -> Any:

@@ -95,10 +95,13 @@ class Percept:
     Attributes:
         features: for the interaction.
         tokens: the static tokens of each picture, (S, D_in) each, or None for none.
+        boxes: for each picture, (left, top, right, bottom) of the part of it that its patches
+            show. The model fills this in, where it opened the pictures and patches are places.
     """
 
     features: VisualFeatures
     tokens: Sequence[Tensor] | None = None
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,8 @@ class Subject:
                 self._reads_question = any(one is not other for one, other in pairs)
             return self._percept
         if self._reads_question:
-            return model.perceive([], [question], self._percept.features)
+            again = model.perceive([], [question], self._percept.features)
+            return replace(again, boxes=self._percept.boxes)
         return self._percept
 
     def _read(self, percept: Percept) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 from ipn_core import IPN, Answer
 from ipn_core.errors import IPNError, ShapeError, UserError
 from ipn_core.evaluation import heatmap
-from ipn_core.evaluation.heatmap import draw_heatmap, require_map, upsample
+from ipn_core.evaluation.heatmap import draw_heatmap, require_map
+from ipn_core.evaluation.overlay import upsample
 from ipn_core.testing.checkpoints import register_tiny, tiny_config
 from ipn_core.testing.tiny import tiny_backbone
 

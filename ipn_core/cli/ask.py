@@ -25,11 +25,19 @@ def ask(
         str | None,
         typer.Option("--heatmap", metavar="FILE.png", help="Draw where the model looked."),
     ] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE.html",
+            help="Write a page of what was read, where each look went, and the seconds.",
+        ),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Answer a question about a picture; prints the answer alone."""
-    from ipn_core.cli.loading import check_png, check_question, load_model
+    from ipn_core.cli.loading import check_page, check_png, check_question, load_model
     from ipn_core.cli.terminal import note, print_json, quiet
     from ipn_core.images import load_image
 
@@ -37,6 +45,8 @@ def ask(
     picture = load_image(image)
     if heatmap is not None:
         check_png(heatmap, image)
+    if trace is not None:
+        check_page(trace, image)
     with quiet():
         from ipn_core.evaluation.heatmap import draw_heatmap, require_map
 
@@ -54,12 +64,19 @@ def ask(
                 model=model,
                 interact=loaded.strategy,
             )
+        if trace is not None:
+            from ipn_core.files import atomic_write
+            from ipn_core.showing.trace import trace_page
+
+            atomic_write(trace, trace_page(loaded, answer).encode())
     if json:
         print_json(_report(answer, loaded))
     else:
         print(answer.text, flush=True)
     if heatmap is not None:
         note(f"where it looked: {heatmap}")
+    if trace is not None:
+        note(f"how it answered: {trace}")
 
 
 def _report(answer: Answer, model: IPN) -> dict[str, Any]:

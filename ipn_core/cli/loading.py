@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,30 @@ from ipn_core.errors import UserError
 if TYPE_CHECKING:
     from ipn_core.model import IPN
 
-__all__ = ["check_file", "check_folder", "check_png", "check_question", "load_model", "pull"]
+__all__ = [
+    "check_extra",
+    "check_file",
+    "check_folder",
+    "check_page",
+    "check_png",
+    "check_question",
+    "load_model",
+    "pull",
+]
+
+
+def check_extra(extra: str, *packages: str) -> None:
+    """Refuse a command whose packages are not installed; it is called like the extra with them.
+
+    Raises:
+        UserError: one of them is not there.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise UserError(
+                f"ipn {extra} needs a package that is not installed ({package}): "
+                f"pip install 'ipn-core[{extra}]'."
+            )
 
 
 def check_question(question: str) -> None:
@@ -39,6 +63,17 @@ def check_png(path: str, image: str) -> None:
     if not path.lower().endswith(".png"):
         raise UserError(f"--heatmap '{path}' does not end in .png. A heatmap is written as PNG.")
     check_file("--heatmap", path, "a PNG file", image, "the picture itself")
+
+
+def check_page(path: str, image: str) -> None:
+    """Refuse a trace's path that is no HTML file's name, or that `check_file` refuses.
+
+    Raises:
+        UserError: it is one of these.
+    """
+    if not path.lower().endswith((".html", ".htm")):
+        raise UserError(f"--trace '{path}' does not end in .html. A trace is written as HTML.")
+    check_file("--trace", path, "an HTML file", image, "the picture itself")
 
 
 def check_file(option: str, path: str, kind: str, source: str, what: str) -> None:

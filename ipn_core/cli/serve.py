@@ -11,8 +11,6 @@ from ipn_core.cli.options import Debug
 
 __all__ = ["serve"]
 
-_LOCAL = ("127.0.0.1", "localhost", "::1")
-
 
 def serve(
     model: Annotated[
@@ -23,7 +21,7 @@ def serve(
     ] = None,
     host: Annotated[
         str, typer.Option("--host", metavar="ADDRESS", help="Whom it listens to.")
-    ] = _LOCAL[0],
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for a free one.")] = 8000,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Requests at once.")] = 16,
     waiting: Annotated[
@@ -41,38 +39,30 @@ def serve(
 
     With IPN_API_KEY set, requests must bring that key.
     """
-    from ipn_core.cli.loading import load_model
+    from ipn_core.cli.loading import check_extra, load_model
     from ipn_core.cli.terminal import note, quiet
-    from ipn_core.errors import UserError
 
-    try:
-        import uvicorn
+    check_extra("serve", "uvicorn", "starlette", "prometheus_client")
+    from ipn_core.serving.sockets import LOCAL, address_of, bound
 
-        from ipn_core.serving.app import create_app
-    except ImportError as error:
-        raise UserError(
-            f"ipn serve needs a package that is not installed ({error.name}): "
-            "pip install 'ipn-core[serve]'."
-        ) from None
-    from ipn_core.serving.protocol import Limits
-    from ipn_core.serving.sockets import bound
-
-    local = host in _LOCAL
     # Before the model is loaded: that the port is taken should not come out late.
     with bound(host, port) as socket:
         with quiet():
             loaded = load_model(model, interact, untrained=False)
+            import uvicorn
+
+            from ipn_core.serving.app import create_app
+            from ipn_core.serving.protocol import Limits
         limits = Limits(body=max_body * 1_000_000, tokens=max_tokens)
         app = create_app(
             loaded,
             limits=limits,
             batch=batch,
             waiting=waiting,
-            hosts=_LOCAL if local else (),
+            hosts=LOCAL if host in LOCAL else (),
             key=os.environ.get("IPN_API_KEY") or None,
         )
         socket.listen()
-        shown = f"[{host}]" if ":" in host else host
-        note(f"{loaded.name} listens at http://{shown}:{socket.getsockname()[1]}/v1")
+        note(f"{loaded.name} listens at {address_of(host, socket)}/v1")
         config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
         uvicorn.Server(config).run(sockets=[socket])

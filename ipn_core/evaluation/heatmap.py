@@ -8,31 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from ipn_core.errors import ShapeError, UserError
+from ipn_core.errors import UserError
+from ipn_core.evaluation.overlay import COLOURS, WHOLE, Edges, lay_over, maps_of, shrunk, strongest
 from ipn_core.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy import float32
     from numpy.typing import NDArray
     from PIL import Image
 
     from ipn_core.answer import Answer
     from ipn_core.model import IPN
 
-__all__ = ["draw_heatmap", "require_map", "upsample"]
+__all__ = ["draw_heatmap", "require_map"]
 
-Edges = tuple[float, float, float, float]
-"""(left, top, right, bottom) as fractions of a picture's sides."""
-WHOLE: Edges = (0.0, 0.0, 1.0, 1.0)
 LINE = 12
 """A picture so many times as long as wide would be a line in its panel; it fills it instead."""
 PANEL_IN = 4.6
 """Longer side of a panel, in inches at 120 dots an inch."""
-FADE = 0.55
-"""How much of the picture's colour and contrast is taken away under the map."""
 
 
 def require_map(model: IPN) -> None:
@@ -83,7 +78,7 @@ def draw_heatmap(
             f"model '{model}': its interaction '{interact}' keeps no attention map, so there is "
             "no heatmap to draw. Choose an interaction that keeps one."
         )
-    figure = _figure(_maps(answer, len(images)), images, question, answer.text, boxes)
+    figure = _figure(maps_of(answer, len(images)), images, question, answer.text, boxes)
 
     def save(to: Path) -> None:
         with warnings.catch_warnings():
@@ -94,48 +89,8 @@ def draw_heatmap(
     atomic_write(path, save)
 
 
-def upsample(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Scale a map (h, w) to a picture's (width, height), linearly between the patches' centres.
-
-    Smoother kernels ring: they would show attention where there is none.
-    """
-    from PIL import Image
-
-    small = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32))
-    return np.asarray(small.resize(size, Image.Resampling.BILINEAR), dtype=np.float32)
-
-
-def _placed(values: NDArray[np.float32], size: tuple[int, int], box: Edges) -> Any:
-    """Scale a map (h, w) to its part of a picture (width, height), zeros around it."""
-    width, height = size
-    left, top, right, bottom = (round(e * s) for e, s in zip(box, (*size, *size), strict=True))
-    part = upsample(values, (max(1, right - left), max(1, bottom - top)))
-    laid = np.zeros((height, width), dtype=np.float32)
-    inside = part[max(0, -top) : height - top, max(0, -left) : width - left]
-    y, x = max(0, top), max(0, left)
-    laid[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
-    return laid
-
-
-def _maps(answer: Answer, pictures: int) -> list[list[NDArray[np.float32]]]:
-    """Return the mean map (h, w) of each look and picture."""
-    assert answer.attentions is not None
-    weights = answer.attentions.mean(dim=1).float().numpy()
-    sizes = [h * w for h, w in answer.grids]
-    if len(sizes) != pictures or sum(sizes) != weights.shape[1]:
-        raise ShapeError(
-            f"the attention map covers {weights.shape[1]} patches of grids {answer.grids}; "
-            f"{pictures} picture(s) were given."
-        )
-    ends = np.cumsum(sizes)[:-1]
-    return [
-        [part.reshape(grid) for part, grid in zip(np.split(row, ends), answer.grids, strict=True)]
-        for row in np.nan_to_num(weights)
-    ]
-
-
 def _figure(
-    maps: Sequence[Sequence[NDArray[np.float32]]],
+    maps: Sequence[Sequence[NDArray[float32]]],
     images: Sequence[Image.Image],
     question: str,
     answer: str,
@@ -150,7 +105,7 @@ def _figure(
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
-    top = max(max(float(m.max()) for m in row) for row in maps) or 1.0
+    top = strongest(maps)
     shown: Any = None
     for round_, row in enumerate(maps):
         shares = boxes or [WHOLE] * columns
@@ -167,31 +122,15 @@ def _figure(
     return figure
 
 
-def _panel(
-    axes: Axes, image: Image.Image, values: NDArray[np.float32], top: float, box: Edges
-) -> Any:
+def _panel(axes: Axes, image: Image.Image, values: NDArray[float32], top: float, box: Edges) -> Any:
     """Draw one picture, faded where nobody looked, and the map over the part that it is of."""
-    longest = max(image.size)
-    aspect: Literal["equal", "auto"] = "auto" if longest > LINE * min(image.size) else "equal"
-    if longest > 1024:
-        # A panel has some 550 dots; more pixels only cost time.
-        scale = 1024 / longest
-        width, height = (max(1, round(side * scale)) for side in image.size)
-        image = image.resize((width, height))
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    large = _placed(values, image.size, box)
-    seen = np.clip(large / top, 0, 1)[:, :, None]
-    grey = pixels.mean(axis=2, keepdims=True)
-    faded = pixels * (1 - FADE) + (0.35 * grey + 0.65) * FADE
-    axes.imshow(pixels * seen + faded * (1 - seen), aspect=aspect)
-    # Strong enough to be seen, never so strong that it hides what lies below.
+    line = max(image.size) > LINE * min(image.size)
+    aspect: Literal["equal", "auto"] = "auto" if line else "equal"
+    # A panel has some 550 dots; more pixels only cost time.
+    layers = lay_over(shrunk(image, 1024), values, top, box)
+    axes.imshow(layers.picture, aspect=aspect)
     drawn = axes.imshow(
-        np.clip(large, 0, top),
-        cmap="plasma",
-        vmin=0,
-        vmax=top,
-        alpha=0.65 * seen[:, :, 0] ** 0.75,
-        aspect=aspect,
+        layers.values, cmap=COLOURS, vmin=0, vmax=top, alpha=layers.alpha, aspect=aspect
     )
     axes.set_axis_off()
     # The bar shows the colours without the map's transparency.

@@ -6,7 +6,10 @@ import socket
 
 from ipn_core.errors import UserError
 
-__all__ = ["bound"]
+__all__ = ["LOCAL", "address_of", "bound"]
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+"""Hosts that only this machine reaches."""
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -38,3 +41,9 @@ def bound(host: str, port: int) -> socket.socket:
             "--host and --port; 0 is a free one."
         ) from None
     return opened
+
+
+def address_of(host: str, opened: socket.socket) -> str:
+    """Return the address that a browser takes, with the port that a socket has got."""
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{opened.getsockname()[1]}"

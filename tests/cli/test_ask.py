@@ -97,6 +97,23 @@ def test_the_heatmap_is_written_beside_the_answer(
         assert drawn.format == "PNG"
 
 
+def test_the_trace_is_a_page_of_its_own_whatever_was_asked(
+    home: Path, tmp_path: Path, ipn: Callable[..., Run]
+) -> None:
+    target = tmp_path / "trace.html"
+    hostile = "<script>alert(1)</script> Is there a dog?"
+    for interact in ("tiny-look", "tiny-mean"):  # the second one keeps no map
+        words = ("-m", home / "model", "--interact", interact, "--trace", target)
+        run = ipn("ask", home / "scene.png", hostile, *words)
+        assert run.code == 0
+        assert run.err == f"ipn: how it answered: {target}\n"
+        page = target.read_text(encoding="utf-8")
+        assert page.startswith("<!doctype html>")
+        assert "<script" not in page
+        assert "&lt;script&gt;alert(1)&lt;/script&gt; Is there a dog?" in page
+        assert ("<figure" in page) == (interact == "tiny-look")
+
+
 @pytest.mark.parametrize("words", [(), ("--json",)])
 def test_the_answer_comes_before_the_note_about_the_heatmap(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
@@ -158,6 +175,8 @@ def broken_inputs(home: Path, folder: Path) -> dict[str, tuple[tuple[object, ...
         "long map": ((picture, "hi", "--heatmap", "x" * 300 + ".png"), "than a file's name can be"),
         "map is a folder": ((picture, "hi", "--heatmap", folder / "d.png"), "is a folder"),
         "map is the picture": ((picture, "hi", "--heatmap", picture), "is the picture itself"),
+        "trace type": ((picture, "hi", "--trace", folder / "a.png"), "does not end in .html"),
+        "trace folder": ((picture, "hi", "--trace", folder / "n" / "a.html"), "there is no folder"),
     }
 
 
@@ -165,7 +184,7 @@ CASES = (
     "missing", "folder", "text", "empty", "cut", "bomb", "long name", "no question", "bytes",
     "long", "model", "near model", "long model", "file", "pickle", "no model", "interact",
     "no interact", "untrained", "no map", "map type", "map folder", "long map", "map is a folder",
-    "map is the picture",
+    "map is the picture", "trace type", "trace folder",
 )  # fmt: skip
 
 
