@@ -1,7 +1,8 @@
 # make setup      .venv with everything, at the tested versions (at once when nothing changed)
 # make demo       the starter answers questions about a picture and draws where it looked
 # make test       everything that is not slow
-# make test-slow  the rest: trainings that are killed and resumed, two processes
+# make test-slow  the rest: trainings that are killed and resumed, two processes, a browser
+# make chromium   the browser of the tests, where it may be installed (as root, with apt-get)
 # make test-gpu   what needs a CUDA device
 # make compare    a reduced comparison at equal budget (under 30 minutes on 2 cores)
 # make bench      the benchmarks, their results, and the documents that show them (20 minutes on 2 cores)
@@ -20,7 +21,7 @@ STAMP := .venv/.installed
 MEMBERS := $(wildcard plugins/*/pyproject.toml backbones/*/pyproject.toml)
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test test-slow test-gpu compare bench bench-gpu lint cuda
+.PHONY: setup demo test test-slow test-gpu chromium compare bench bench-gpu lint cuda
 
 setup: $(STAMP)
 
@@ -44,7 +45,15 @@ test: $(STAMP)
 	@$(BIN)/ipn models pull smollm2-135m-instruct
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
-test-slow: $(STAMP)
+# The tests of the web page say that they are skipped where there is none.
+chromium:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
+	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	  { apt-get install -y --no-install-recommends chromium || \
+	    { apt-get update && apt-get install -y --no-install-recommends chromium; }; } \
+	  >/dev/null 2>&1; } || echo "no chromium here, and none that may be installed"
+
+test-slow: $(STAMP) chromium
 	@$(BIN)/ipn models pull smollm2-135m-instruct
 	$(BIN)/python -m pytest -m slow --timeout 3600
 

@@ -14,6 +14,7 @@ from ipn_core.cli import (
     bench,
     chat,
     compare,
+    demo,
     doctor,
     eval,
     models,
@@ -64,6 +65,7 @@ app.command("train")(train.train)
 app.command("compare")(compare.compare)
 app.command("push")(push.push)
 app.command("serve")(serve.serve)
+app.command("demo")(demo.demo)
 app.command("new")(new.new)
 app.command("plugins")(plugins.plugins)
 app.add_typer(models.app, name="models")
