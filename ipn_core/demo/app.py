@@ -48,18 +48,23 @@ def create_app(
         hosts: values of the header Host that are accepted; none for all. A page elsewhere that
             reaches a local server through a name of its own is kept out by it.
     """
+    page = build_page(visits, samples)
     inner = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
-        build_page(visits, samples),
+        page,
         path="/",
         max_file_size=upload,
         footer_links=[],
+        run_history=False,
         css=page_style(),
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         ssr_mode=False,
         pwa=False,
         show_error=False,
     )
+    # Only of a page that was launched does Gradio check that a visitor's file is one that was
+    # uploaded, and no other one of this machine; mounting does not count as that by itself.
+    page.has_launched = True
     app: Any = _Guard(inner, upload + _SLACK)
     return TrustedHostMiddleware(app, allowed_hosts=list(hosts)) if hosts else app
 

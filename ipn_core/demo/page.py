@@ -117,6 +117,8 @@ def build_page(visits: Visits, samples: Sequence[Sample] = ()) -> gr.Blocks:
         anew.click(forget, None, [left, right], api_visibility="private")
         page.unload(leave)
     page.queue(max_size=WAITING, api_open=False)
+    for block in page.blocks.values():
+        _fetch_nothing(block)
     return page
 
 
@@ -137,6 +139,21 @@ def _index(found: Any) -> int:
 def _path(payload: Any) -> str | None:
     """Take a picture as the file that was brought; it is opened later, within limits."""
     return None if payload is None else payload.path
+
+
+def _fetch_nothing(block: Any) -> None:
+    """Let a component take files that were uploaded, and no address to fetch one from.
+
+    Gradio fetches what a visitor names so, which the page never does.
+    """
+    move = block.async_move_resource_to_block_cache
+
+    async def move_file(path: Any) -> Any:
+        if "://" in str(path):
+            raise gr.Error("Addresses are not fetched: upload the picture itself.")
+        return await move(path)
+
+    block.async_move_resource_to_block_cache = move_file
 
 
 def _visitor(request: gr.Request) -> str:

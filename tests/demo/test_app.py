@@ -102,6 +102,41 @@ def test_files_of_the_machine_cannot_be_read(client: TestClient) -> None:
         assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
 
 
+def ask(client: TestClient, path: str) -> str:
+    """Ask about a picture as a page might that is not ours; returns what came back."""
+    config = client.get("/config").json()
+    number = next(f["id"] for f in config["dependencies"] if len(f["targets"]) == 2)
+    picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    data = [picture, "Is it?", "tiny-look", "nothing", False]
+    body = {"data": data, "fn_index": number, "session_hash": "somebody"}
+    assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+    return client.get("/gradio_api/queue/data", params={"session_hash": "somebody"}).text
+
+
+def test_an_uploaded_picture_is_asked_and_nothing_else_is_read_or_fetched(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from gradio import processing_utils
+
+    fetched: list[str] = []
+
+    async def fetch(url: str, *_: Any, **__: Any) -> str:
+        fetched.append(url)
+        return str(tmp_path / "fetched.png")
+
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", fetch)
+    out = io.BytesIO()
+    picture().save(out, "PNG")
+    (path,) = upload(client, out.getvalue()).json()
+    assert "data-state" in ask(client, path)
+    picture().save(tmp_path / "private.png")
+    for other in (str(tmp_path / "private.png"), "/etc/passwd", "https://example.org/a.png"):
+        came = ask(client, other)
+        assert '"success":false' in came.replace(" ", ""), other
+        assert "data-state" not in came
+    assert fetched == []
+
+
 def test_a_picture_is_its_file_alone() -> None:
     assert _path(None) is None
     data = SimpleNamespace(path=None, url="data:image/png;base64,AAAA")
