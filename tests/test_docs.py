@@ -55,6 +55,19 @@ def test_the_observer_of_hooks_md_sees_the_message(
     assert re.fullmatch(r"torch.Size\(\[1, \d+, \d+\]\)", capsys.readouterr().out.strip())
 
 
+@pytest.mark.weights
+def test_the_answer_of_demo_md_shows_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    first, last = code.strip().rsplit("\n", 1)
+    defined: dict[str, Any] = {}
+    exec(compile(first, "demo.md", "exec"), defined)
+    shown = eval(compile(last, "demo.md", "eval"), defined)._repr_html_()
+    assert "<bdi>yes</bdi>" in shown
+    assert shown.count("<figure") == 1
+
+
 def test_the_formats_of_data_md_are_read_as_they_stand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import Run, assert_refused, shell
+from command_line import Run, assert_refused
 
 from ipn_core.testing.browser import served_demo
-
-
-def test_a_port_that_is_taken_is_refused_before_anything_is_loaded() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        run = shell("demo", "--port", port, "--model", "nowhere")
-    assert_refused(run, f"cannot listen at 127.0.0.1, port {port}", "Choose another with --host")
 
 
 @pytest.mark.parametrize(
@@ -50,8 +40,13 @@ def test_without_gradio_one_line_says_what_to_install(
 
 @pytest.mark.slow
 @pytest.mark.weights
-def test_the_page_is_served_at_this_machine_alone(tmp_path: Path) -> None:
+def test_the_page_is_served_at_this_machine_alone_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with served_demo() as address:
         assert address.startswith("http://127.0.0.1:")
         with urllib.request.urlopen(address) as response:
             assert b"Ask a picture" in response.read()
+        assert list(tmp_path.glob("ipn-demo-*/example-1.png"))
+    assert not list(tmp_path.glob("ipn-demo-*"))

@@ -47,12 +47,13 @@ def test_the_starter_is_served_until_it_is_told_to_end(
     assert "Traceback" not in rest, rest
 
 
-def test_a_port_that_is_taken_is_refused_before_anything_is_loaded() -> None:
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(command: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        run = shell("serve", "--port", port, "--model", "nowhere")
+        run = shell(command, "--port", port, "--model", "nowhere")
     assert_refused(run, f"cannot listen at 127.0.0.1, port {port}", "Choose another with --host")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from command_line import Run, assert_refused
 
-COMMANDS = ("ask", "chat", "eval", "train", "push", "new", "plugins", "models", "doctor")
+COMMANDS = ("ask", "chat", "eval", "train", "push", "new", "plugins", "models", "doctor", "demo")
 
 
 @pytest.mark.parametrize("words", [(), *((c,) for c in COMMANDS), ("models", "pull")])
