@@ -32,7 +32,7 @@ _KINDS: dict[str, type[Stage]] = {
     "injector": Injector,
 }
 _LOOK = ("requester", "interaction", "injector")
-_FREE = ("S", "looks")
+_FREE = ("S", "looks", "labels")
 """What no stage's weights depend on."""
 
 
@@ -48,6 +48,7 @@ def sizes(backbone: Backbone, encoder: VisionEncoder, layout: Layout) -> Dims:
         H_kv=backbone.kv_heads if backbone.takes_keys else 0,
         D_head=backbone.head_dim,
         looks=encoder.looks,
+        labels=encoder.labels,
     )
 
 
@@ -55,7 +56,8 @@ def declared(dims: Dims, stage: Stage) -> Dims:
     """Return the sizes with what a stage declares, for the stages after it."""
     if isinstance(stage, Perceiver):
         S = stage.static_tokens or 0
-        return replace(dims, Dv=stage.width, S=S, looks=dims.looks and stage.looks)
+        looks = dims.looks and stage.looks
+        return replace(dims, Dv=stage.width, S=S, looks=looks, labels=stage.labels)
     if isinstance(stage, Requester):
         return replace(dims, D_request=stage.width)
     if isinstance(stage, Interaction):

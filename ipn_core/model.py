@@ -48,6 +48,7 @@ from ipn_core.stages import (
 )
 from ipn_core.subject import Subject
 from ipn_core.tasks import Picture
+from ipn_core.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from ipn_core.backbone import Backbone
@@ -96,8 +97,9 @@ class IPN(nn.Module):
         self.name = name
         self._registry = registry
         check_fit(self)
+        vocabulary = Vocabulary.of(backbone)
         with self.driving("embed"):
-            words = _request_words(backbone, config.layout)
+            words = _request_words(vocabulary, config.layout)
         self.slots = Slots(
             config.layout.request,
             config.layout.dynamic,
@@ -113,6 +115,8 @@ class IPN(nn.Module):
             part.requires_grad_(False)
         for stage in (perceiver, requester, interaction, injector):
             if stage is not None:
+                with self.driving("embed"):
+                    stage.meet(vocabulary)
                 stage.to(backbone.device)
                 self.pm.register(stage)
         self.planner = Planner(
@@ -479,19 +483,17 @@ def _check_options(given: BackboneConfig, schema: Any) -> None:
         schema.parse(given.options, f"backbone {given.name}")
 
 
-def _request_words(backbone: Backbone, layout: Layout) -> Tensor | None:
+def _request_words(vocabulary: Vocabulary, layout: Layout) -> Tensor | None:
     """Return the embeddings (R, D_in) that the slots of `<img-q>` start as, if words are given."""
     if not layout.request_init:
         return None
-    parts = [backbone.tokenizer(t, add_special_tokens=False) for t in layout.request_init]
-    ids = [id_ for part in parts for id_ in part["input_ids"]]
+    ids = [id_ for text in layout.request_init for id_ in vocabulary.ids(text)]
     if len(ids) != layout.request:
         raise ConfigError(
             f"'layout.request_init' is {len(ids)} tokens of this LLM and 'layout.request' is "
             f"{layout.request}: make them equal."
         )
-    with torch.no_grad():
-        return backbone.embed(torch.tensor([ids], device=backbone.device))[0]
+    return vocabulary.embed(ids)
 
 
 def _open(image: Any) -> Any:

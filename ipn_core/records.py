@@ -22,6 +22,7 @@ __all__ = [
     "EncodedImage",
     "InjectContext",
     "Injection",
+    "Label",
     "LayerContext",
     "PerceiveContext",
     "Percept",
@@ -29,6 +30,19 @@ __all__ = [
     "RequestContext",
     "VisualMessage",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What a feature is evidence of.
+
+    Attributes:
+        name: of the thing.
+        also: what else it is called: other names, and the kinds of thing that it is one of.
+    """
+
+    name: str
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +65,7 @@ class Dims:
             values from outside.
         D_head: width of each of them.
         looks: whether the features can look again at parts of the picture (`VisualFeatures.look`).
+        labels: Dv of them where each feature is the evidence of one thing, else none.
     """
 
     Dv: int
@@ -66,6 +81,7 @@ class Dims:
     H_kv: int = 0
     D_head: int = 0
     looks: bool = True
+    labels: tuple[Label, ...] = ()
 
     @property
     def layers(self) -> int:

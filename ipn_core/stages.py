@@ -23,6 +23,7 @@ from ipn_core.records import (
     EncodedImage,
     InjectContext,
     Injection,
+    Label,
     LayerContext,
     PerceiveContext,
     Percept,
@@ -34,6 +35,8 @@ from ipn_core.records import (
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ipn_core.vocabulary import Vocabulary
+
 __all__ = [
     "Connector",
     "Dims",
@@ -42,6 +45,7 @@ __all__ = [
     "Injection",
     "Injector",
     "Interaction",
+    "Label",
     "LayerContext",
     "LayerInjector",
     "PerceiveContext",
@@ -84,6 +88,13 @@ class Stage(nn.Module):
         """Parts whose weights the config names: a model freezes them, and saves none of them."""
         return ()
 
+    def meet(self, vocabulary: Vocabulary) -> None:
+        """Read what it needs of the LLM's words, once, when a model is put together.
+
+        What it keeps of them follows from the model's config: as buffers that are not persistent,
+        no checkpoint holds them.
+        """
+
 
 class Perceiver(Stage):
     """Pictures to features and, optionally, static tokens.
@@ -107,6 +118,11 @@ class Perceiver(Stage):
     def static_tokens(self) -> int | None:
         """Static tokens S a picture: 0 for none, None where it varies with the picture."""
         return 0
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """Dv of them where each feature is the evidence (a logit) of one thing, else none."""
+        return ()
 
     @abstractmethod
     def forward(self, context: PerceiveContext) -> Percept:
@@ -178,6 +194,11 @@ class Connector(Perceiver):
     def width(self) -> int:
         """Width Dv of the encoder's features."""
         return self.encoder.width
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """The encoder's, unless other features take the place of static tokens."""
+        return () if self.static_tokens == 0 else self.encoder.labels
 
     @abstractmethod
     def connect(self, features: VisualFeatures, context: PerceiveContext) -> list[Tensor]:
@@ -262,6 +283,14 @@ class Interaction(Stage):
         input embedding, as wide as the LLM's; `request-image` needs `shared_space`.
         """
         return frozenset()
+
+    def saying(self, texts: Sequence[str]) -> Tensor | None:
+        """Return the messages (B, M, Dm) that say texts, for the objective `verbalise`.
+
+        None, the default, for messages that stand for a whole answer by one direction, which the
+        objective makes itself.
+        """
+        return None
 
     def shared_space(self, request: Request, features: VisualFeatures) -> tuple[Tensor, Tensor]:
         """Map requests and patches into one space, for the objective `request-image`.

@@ -14,7 +14,7 @@ from torch import nn
 
 from ipn_core.config import Config
 from ipn_core.plugins import get_registry
-from ipn_core.stages import EncodedImage, VisionEncoder
+from ipn_core.stages import EncodedImage, Label, VisionEncoder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -145,6 +145,11 @@ class TinyEncoder(VisionEncoder):
         """Width Dv of the features."""
         width: int = self.config.width
         return width
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """Made-up ones; every second thing is a kind of another."""
+        return tuple(Label(f"it {i}", ("odd",) * (i % 2)) for i in range(self.config.width))
 
     @property
     def fingerprint(self) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ipn_core.errors import ConfigError
 from ipn_core.hooks import hookimpl
 from ipn_core.stages import VisualMessage
+from ipn_core.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from ipn_core.config import Layout
@@ -99,20 +99,10 @@ class Told:
         return VisualMessage(self._messages[request.round].to(request.values.dtype))
 
 
-@torch.no_grad()
 def directions(model: IPN, words: Sequence[str]) -> Tensor:
     """Return a unit direction (n, D_in) for each of some words in the LLM's input space.
 
     It is the mean input embedding of the word's tokens, centred over all the words.
     """
-    backbone = model.backbone
-    ids = [torch.tensor([_ids(model, word)], device=backbone.device) for word in words]
     with model.driving("embed"):
-        means = [backbone.embed(one)[0].mean(0) for one in ids]
-    embeddings = torch.stack(means).float()
-    return F.normalize(embeddings - embeddings.mean(0), dim=-1)
-
-
-def _ids(model: IPN, text: str) -> list[int]:
-    ids: list[int] = model.backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+        return Vocabulary.of(model.backbone).directions(words)

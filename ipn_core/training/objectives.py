@@ -288,6 +288,10 @@ class Verbalise(_TowardsAnswers):
         directions = self.answers.directions
         right = self.answers.of(examples, look)
         assert self.model.interaction is not None
+        layout = self.model.config.layout
+        told = self.model.interaction.saying([targets(e, layout)[look] for e in examples])
+        if told is not None:
+            return told
         M, device = self.model.interaction.length, right.device
         wrong = directions[torch.randint(len(directions), (len(right),), device=device)]
         wrong = wrong * torch.rand(len(right), 1, device=device) * 0.4

@@ -27,7 +27,7 @@ class ConnectorContract(StageContract):
     def new(self, **more: Any) -> Connector:
         """A new one over a tiny encoder of width Dv."""
         encoder = TinyEncoder(TinyEncoderConfig(width=self.dims().Dv)).requires_grad_(False)
-        made: Connector = self.make({**self.options, **more}, self.dims(), encoder)
+        made: Connector = self.met(self.make({**self.options, **more}, self.dims(), encoder))
         return made
 
     def tokens(

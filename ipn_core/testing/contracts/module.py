@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ipn_core.errors import AttentionUnavailableError, PluginError
 from ipn_core.plugins import get_registry
-from ipn_core.stages import Dims
+from ipn_core.stages import Dims, Label
 from ipn_core.testing.contracts.clause import clause, same
 from ipn_core.testing.contracts.component import ComponentContract
+from ipn_core.vocabulary import Vocabulary
 
 __all__ = ["TIGHT", "ModuleContract", "StageContract"]
 
@@ -92,11 +93,20 @@ class StageContract(ModuleContract):
             Dm=22,
             H_kv=2,
             D_head=6,
+            labels=tuple(Label(f"it {i}", ("odd",) * (i % 2)) for i in range(20)),
         )
+
+    def met(self, module: Any) -> Any:
+        """Let a stage meet made-up words, one token a character."""
+        words = torch.randn(256, self.dims().D_in, generator=torch.Generator().manual_seed(3))
+        module.meet(
+            Vocabulary(lambda text: [*text.encode()], lambda ids: words[list(ids)], words.shape[1])
+        )
+        return module
 
     def new(self, **more: Any) -> nn.Module:
         """A new one, as a model builds it."""
-        module: nn.Module = self.make({**self.options, **more}, self.dims())
+        module: nn.Module = self.met(self.make({**self.options, **more}, self.dims()))
         return module
 
     def build(self, **more: Any) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from ipn_core import Config, Dims, Interaction, Request, VisualFeatures, VisualM
 from ipn_core.attention import attend
 from ipn_core.errors import ConfigError
 from ipn_core.positions import cosines
+from ipn_core.whitening import Whitening, whiten
 from ipn_rvii.guide import Guide, GuideConfig, Guided
 
 __all__ = ["RVII", "RVIIConfig"]
@@ -76,7 +76,7 @@ class RVII(Interaction):
                 f"{config.heads}."
             )
         self.queries = nn.Parameter(torch.randn(dims.K, width) * 0.02)
-        self.request_scale = _Whitening(dims.R * dims.D_request, width)
+        self.request_scale = Whitening(dims.R * dims.D_request, width)
         self.request_in = nn.Linear(width, width)
         nn.init.eye_(self.request_in.weight)
         nn.init.zeros_(self.request_in.bias)
@@ -161,9 +161,9 @@ class RVII(Interaction):
             patches: (m, Dv) a sample.
         """
         self.request_scale.fit(requests.flatten(1))
-        _whiten(self.patch_in.weight, self.patch_in.bias, patches)
+        whiten(self.patch_in.weight, self.patch_in.bias, patches)
         if self.guide is not None:
-            _whiten(self.guide.patch_in.weight, self.guide.patch_in.bias, patches)
+            whiten(self.guide.patch_in.weight, self.guide.patch_in.bias, patches)
 
     def asked(self, request: Request) -> Tensor:
         """Map requests (B, R, D_request) to one token (B, 1, W): each says another part of it."""
@@ -316,53 +316,3 @@ class _Attention(nn.Module):
 def _mlp(width: int, ratio: float) -> nn.Sequential:
     hidden = int(width * ratio)
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-
-class _Whitening(nn.Module):
-    """A fixed projection to the principal directions of what comes in, each of variance 1.
-
-    Not trained: hidden states of an inner layer have a few huge numbers, which would make every
-    step of a trained projection a leap.
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, width: int, directions: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", nn.init.orthogonal_(torch.empty(directions, width)))
-        self.register_buffer("bias", torch.zeros(directions))
-
-    def fit(self, sample: Tensor) -> None:
-        """Take the directions from a sample (n, width)."""
-        _whiten(self.weight, self.bias, sample)
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Project (B, width) to (B, directions)."""
-        return F.linear(values, self.weight, self.bias)
-
-
-_LEAST = 1e-3
-"""Of a sample's norm, what a direction must vary by: float32 then fixes its weights to 1e-4."""
-
-
-def _whiten(weight: Tensor, bias: Tensor, sample: Tensor) -> None:
-    """Set a projection to the principal directions of a sample, each of variance 1.
-
-    Directions in which the sample hardly varies are left out: their scale would be rounding, and
-    the weights as large as its inverse. A sample that varies in none leaves the projection as it
-    is.
-    """
-    sample = sample.float()
-    mean = sample.mean(0)
-    _, scales, directions = torch.linalg.svd(sample - mean, full_matrices=False)
-    varies = scales > _LEAST * torch.linalg.vector_norm(sample)
-    count = min(len(weight), int(varies.sum()))
-    if not count:
-        return
-    deviations = scales[:count] / (len(sample) - 1) ** 0.5
-    found = directions[:count] / deviations[:, None]
-    weight.zero_()
-    bias.zero_()
-    weight[:count] = found.to(weight)
-    bias[:count] = -(found @ mean).to(bias)

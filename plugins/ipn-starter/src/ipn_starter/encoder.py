@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from ipn_core.config import Config
 from ipn_core.stages import EncodedImage, VisionEncoder
@@ -17,7 +18,13 @@ from ipn_core.stages import EncodedImage, VisionEncoder
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["EfficientNetLite0", "EfficientNetLite0Config"]
+__all__ = [
+    "EfficientNetLite0",
+    "EfficientNetLite0Config",
+    "digest",
+    "feature_maps",
+    "load_classifier",
+]
 
 _STRIDE = 32
 
@@ -44,13 +51,8 @@ class EfficientNetLite0(VisionEncoder):
 
     def __init__(self, config: EfficientNetLite0Config) -> None:
         super().__init__(config)
-        from efficientnet_lite_pytorch import EfficientNet
-
-        net = EfficientNet.from_name("efficientnet-lite0")
-        net.load_state_dict(torch.load(_weights_path(), map_location="cpu", weights_only=True))
-        del net._fc
-        # The layout in which these convolutions are fastest on a CPU: 1.6 times.
-        self.net = net.to(memory_format=torch.channels_last).eval()
+        self.net = load_classifier()
+        del self.net._fc
 
     @property
     def width(self) -> int:
@@ -60,24 +62,45 @@ class EfficientNetLite0(VisionEncoder):
     @property
     def fingerprint(self) -> str:
         """The digest of the weights and the size."""
-        return f"efficientnet-lite0-{_digest()}-{self.config.size}"
+        return f"efficientnet-lite0-{digest()}-{self.config.size}"
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
         """Encode pictures, (size / 32)² patches each."""
-        import numpy as np
-        from PIL import Image
-
         size = self.config.size
-        resized = [image.resize((size, size), Image.Resampling.BICUBIC) for image in images]
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in resized]))
-        weight = next(self.net.parameters())
-        scaled = pixels.to(weight.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        scaled = scaled.to(weight.dtype, memory_format=torch.channels_last)
-        maps = self.net.extract_features(scaled)
+        maps = feature_maps(self.net, images, (size, size))
         values = maps.permute(0, 2, 3, 1).flatten(1, 2)
         grid = (maps.shape[2], maps.shape[3])
         return [EncodedImage(value, grid) for value in values]
+
+
+def load_classifier() -> Any:
+    """Return the classifier with its ImageNet weights, in eval mode; `_fc` is its last layer."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    net = EfficientNet.from_name("efficientnet-lite0")
+    net.load_state_dict(torch.load(_weights_path(), map_location="cpu", weights_only=True))
+    # The layout in which these convolutions are fastest on a CPU: 1.6 times.
+    return net.to(memory_format=torch.channels_last).eval()
+
+
+def feature_maps(net: Any, images: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
+    """Return what pictures are to it before they are pooled, (n, 1280, height / 32, width / 32).
+
+    Args:
+        net: the classifier.
+        images: RGB.
+        size: width and height in pixels that they are resized to, multiples of 32.
+    """
+    import numpy as np
+    from PIL import Image
+
+    resized = [np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images]
+    weight = next(net.parameters())
+    pixels = torch.from_numpy(np.stack(resized)).to(weight.device)
+    scaled = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    maps: Tensor = net.extract_features(scaled.to(weight.dtype, memory_format=torch.channels_last))
+    return maps
 
 
 @cache
@@ -88,5 +111,6 @@ def _weights_path() -> Path:
 
 
 @cache
-def _digest() -> str:
+def digest() -> str:
+    """Return the beginning of the weights' digest."""
     return hashlib.sha256(_weights_path().read_bytes()).hexdigest()[:12]
