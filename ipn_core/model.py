@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ipn_core.answer import Answer, Answers
 from ipn_core.clock import Clock
-from ipn_core.config import BackboneConfig, ComponentConfig, IPNConfig, Layout
+from ipn_core.config import BackboneConfig, ComponentConfig, IPNConfig
 from ipn_core.dialogue import Dialogue
 from ipn_core.engine import Engine
 from ipn_core.errors import (
@@ -34,7 +34,7 @@ from ipn_core.look_again import LookHead
 from ipn_core.plan import Planner
 from ipn_core.plugins import Registry, get_registry
 from ipn_core.prompt import Prompt
-from ipn_core.slots import Slots
+from ipn_core.slots import Slots, request_words
 from ipn_core.stages import (
     Connector,
     Dims,
@@ -99,7 +99,7 @@ class IPN(nn.Module):
         check_fit(self)
         vocabulary = Vocabulary.of(backbone)
         with self.driving("embed"):
-            words = _request_words(vocabulary, config.layout)
+            words = request_words(vocabulary, config.layout)
         self.slots = Slots(
             config.layout.request,
             config.layout.dynamic,
@@ -178,6 +178,7 @@ class IPN(nn.Module):
             interaction = build("interaction", config.interact)
         if config.inject is not None:
             injector = build("injector", config.inject)
+            injector.begin(backbone.lm.get_input_embeddings().weight.detach())
         return cls(config, backbone, perceiver, requester, interaction, injector, name, registry)
 
     @classmethod
@@ -481,19 +482,6 @@ def _check_options(given: BackboneConfig, schema: Any) -> None:
             )
     else:
         schema.parse(given.options, f"backbone {given.name}")
-
-
-def _request_words(vocabulary: Vocabulary, layout: Layout) -> Tensor | None:
-    """Return the embeddings (R, D_in) that the slots of `<img-q>` start as, if words are given."""
-    if not layout.request_init:
-        return None
-    ids = [id_ for text in layout.request_init for id_ in vocabulary.ids(text)]
-    if len(ids) != layout.request:
-        raise ConfigError(
-            f"'layout.request_init' is {len(ids)} tokens of this LLM and 'layout.request' is "
-            f"{layout.request}: make them equal."
-        )
-    return vocabulary.embed(ids)
 
 
 def _open(image: Any) -> Any:

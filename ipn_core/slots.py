@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Slots"]
+from ipn_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ipn_core.config import Layout
+    from ipn_core.vocabulary import Vocabulary
+
+__all__ = ["Slots", "request_words"]
 
 
 class Slots(nn.Module):
@@ -35,3 +43,20 @@ class Slots(nn.Module):
         self.image = nn.Parameter(torch.zeros(width))
         self.request = nn.Parameter(words.detach().float().cpu().clone())
         self.dynamic = nn.Parameter(torch.zeros(dynamic, width))
+
+
+def request_words(vocabulary: Vocabulary, layout: Layout) -> Tensor | None:
+    """Return the embeddings (R, D_in) that the slots of `<img-q>` start as, if words are given.
+
+    Raises:
+        ConfigError: they are not as many tokens as there are slots.
+    """
+    if not layout.request_init:
+        return None
+    ids = [id_ for text in layout.request_init for id_ in vocabulary.ids(text)]
+    if len(ids) != layout.request:
+        raise ConfigError(
+            f"'layout.request_init' is {len(ids)} tokens of this LLM and 'layout.request' is "
+            f"{layout.request}: make them equal."
+        )
+    return vocabulary.embed(ids)

@@ -365,6 +365,16 @@ class Injector(Stage):
         """How many positions a look adds to the cache that the LLM never processes."""
         return 0
 
+    def begin(self, embeddings: Tensor) -> None:
+        """Start new weights from the LLM's own words; they stay as they are by default.
+
+        Called once, when a model is built from a config, and before weights are loaded.
+
+        Args:
+            embeddings: (vocabulary, D_in) the LLM's input embeddings.
+        """
+        return
+
     @abstractmethod
     def forward(self, message: VisualMessage, context: InjectContext) -> Injection:
         """Inject the message."""

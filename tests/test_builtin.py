@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from ipn_core.builtin.injectors import TokenInjector, TokenInjectorConfig
 from ipn_core.builtin.requesters import Constant, HiddenState, HiddenStateConfig, Shuffled
 from ipn_core.stages import Dims, RequestContext
 from ipn_core.testing.contracts import InjectorContract, RequesterContract
@@ -79,3 +82,25 @@ def test_shuffled_keeps_the_request_where_all_ask_the_same() -> None:
     assert torch.equal(Shuffled(HiddenStateConfig(), DIMS)(given).values, given.hidden)
     alone = context(4)
     assert torch.equal(Shuffled(HiddenStateConfig(), DIMS)(alone).values, alone.hidden)
+
+
+def test_an_injection_may_start_at_the_words_that_messages_point_at() -> None:
+    torch.manual_seed(0)
+    words = torch.randn(50, 64) + 3
+    dims = replace(DIMS, D_in=64, Dm=64, M=DIMS.K)
+    for norm, hidden in ((True, 0), (False, 8)):
+        injector = TokenInjector(TokenInjectorConfig(start="words", norm=norm, hidden=hidden), dims)
+        injector.begin(words)
+        centred = words - words.mean(0)
+        found = injector.project(torch.nn.functional.normalize(centred, dim=1))
+        like = torch.nn.functional.cosine_similarity(found - words.mean(0), centred)
+        assert like.min() > 0.95
+        assert 0.7 < (found - words.mean(0)).norm(dim=1).mean() / centred.norm(dim=1).mean() < 1.3
+    plain = TokenInjector(TokenInjectorConfig(), dims)
+    before = plain.linear.weight.clone()
+    plain.begin(words)
+    assert torch.equal(plain.linear.weight, before)
+    reasons = TokenInjector.not_supported_reasons(
+        TokenInjectorConfig(start="words"), replace(dims, Dm=4)
+    )
+    assert any("its width is 4, not 64" in reason for reason in reasons)
