@@ -1,0 +1,106 @@
+"""The task `photo-stamps`, on stamps that are made here."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ipn_names.stamps import CELL, PhotoStamps, compose, stamps
+from PIL import Image
+
+from ipn_core.errors import DataError
+from ipn_core.testing.contracts import TaskContract
+
+CAPTIONS = {
+    "animals/dog": "A dog.",
+    "animals/frog": "A frog.",
+    "animals/cow": "A cow.",
+    "food/lemon": "A yellow lemon.",
+    "food/pepper": "A green pepper.",
+    "food/avocado": "An avocado fruit.",
+    "household/mug": "A mug (from England).",
+    "household/head": "A head of lettuce.",
+    "sports/ball": "A soccer ball.",
+    "vehicles/bus": "A green bus.",
+    "vehicles/bike": "A pink tricycle.",
+}
+
+
+def make(folder: Path) -> Path:
+    for number, (name, caption) in enumerate(CAPTIONS.items()):
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + number, 30), (9 * number, 0, 0)).save(path)
+        path.with_suffix(".txt").write_text(f"{caption}\nde.utf8=x\n", encoding="utf-8")
+    for left_out in ("symbols/a", "animals/cartoon/cat", "animals/dog_mirror"):
+        path = folder / f"{left_out}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(path)
+        path.with_suffix(".txt").write_text("A dog.\n", encoding="utf-8")
+    return folder
+
+
+class TestPhotoStamps(TaskContract):
+    name = "photo-stamps"
+    options = {  # noqa: RUF012 the contract declares it
+        "folder": str(make(Path(tempfile.mkdtemp(prefix="stamps-")))),
+        "scenes": 4,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make(tmp_path)
+
+
+def test_a_caption_that_ends_with_a_word_of_ours_says_what_it_shows(folder: Path) -> None:
+    assert {stamp.name: stamp.word for stamp in stamps(folder)} == {
+        "animals/cow.png": "", "animals/dog.png": "dog", "animals/frog.png": "frog",
+        "food/avocado.png": "fruit", "food/lemon.png": "lemon", "food/pepper.png": "pepper",
+        "household/head.png": "", "household/mug.png": "mug", "sports/ball.png": "soccer ball",
+        "vehicles/bike.png": "tricycle", "vehicles/bus.png": "bus",
+    }  # fmt: skip
+
+
+def test_halves_share_no_photograph(folder: Path) -> None:
+    def shown(split: str) -> set[str]:
+        examples = PhotoStamps(str(folder), scenes=4).examples(split)
+        names = {e.images[0].name.rpartition(":")[2] for e in examples}
+        return {one for name in names for one in name.split("+")}
+
+    assert shown("tune")
+    assert not shown("tune") & shown("test")
+    assert shown("test") == shown("paraphrase")
+
+
+def test_what_is_asked_is_answered_by_where_a_stamp_was_put(folder: Path) -> None:
+    examples = PhotoStamps(str(folder), scenes=4).examples("test")
+    scenes = [e for e in examples if e.type != "name"]
+    assert {e.type for e in scenes} == {"exist", "side", "where"}
+    for e in scenes:
+        if e.type == "exist":
+            assert e.answers == ("yes" if e.names[0] in e.shown else "no",)
+        else:
+            assert e.names[0] in e.shown
+    first = next(e for e in scenes if e.type == "where")
+    left, _ = first.shown
+    assert first.answers == ("left" if first.names == (left,) else "right",)
+    assert {len(e.shown) for e in scenes} == {2, 3, 4}
+
+
+def test_stamps_are_put_into_the_cells_of_a_grid(folder: Path) -> None:
+    some = [stamp for stamp in stamps(folder) if stamp.word][:2]
+    image = compose(some, (1, 2))
+    assert image.size == (2 * CELL, CELL)
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    middles: list[Any] = [image.getpixel((CELL // 2 + i * CELL, CELL // 2)) for i in (0, 1)]
+    assert all(max(pixel) < 120 for pixel in middles)
+
+
+def test_without_stamps_the_command_is_named_that_fetches_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no stamps in .*python -m ipn_names\.stamps"):
+        stamps(tmp_path)
+    with pytest.raises(DataError, match="'scenes' must be at least 0"):
+        PhotoStamps(scenes=-1)
