@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tune", action="store_true", help="the half that is for tuning")
     parser.add_argument("--model", default="photo", help="by default the packaged one")
-    parser.add_argument("--scenes", type=int, default=40, help="composed pictures a split")
+    parser.add_argument("--scenes", type=int, default=70, help="composed pictures a split")
     arguments = parser.parse_args()
     found = measure(arguments.model, arguments.tune, arguments.scenes)
     command = "python plugins/ipn-names/train/score.py" + (

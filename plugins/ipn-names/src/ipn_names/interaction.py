@@ -59,7 +59,7 @@ class NamesConfig(Config):
     hidden: int = Field(default=384, ge=8, le=8192)
     noise: float = Field(default=0.25, ge=0, le=10)
     lead: int = Field(default=0, ge=0, le=64)
-    sure: float = Field(default=0.25, ge=0, le=1)
+    sure: float = Field(default=0.4, ge=0, le=1)
     seen: float = Field(default=0.015, ge=0, le=1)
 
 

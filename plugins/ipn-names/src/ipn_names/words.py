@@ -88,11 +88,8 @@ class _Asker:
         """Ask for every `each`-th word whether or where it is, or both."""
         words = dict.fromkeys(w for label in labels() for w in (label.name, *label.also))
         kinds = ("exist", "where")
-        asked = [(word, kind) for word in list(words)[::each] for kind in self._some(kinds, both)]
-        for word, kind in asked:
-            question = self.rng.choice(self.wordings[kind]).format(a=article(word), noun=word)
-            answer = self.rng.choice((YES, NO) if kind == "exist" else (*CELLS, NOWHERE))
-            yield Asked(question, (answer,), (self.picture,), kind, (word,), (word,))
-
-    def _some(self, kinds: tuple[str, ...], every: bool) -> tuple[str, ...]:
-        return kinds if every else (self.rng.choice(kinds),)
+        for word in list(words)[::each]:
+            for kind in kinds if both else (self.rng.choice(kinds),):
+                question = self.rng.choice(self.wordings[kind]).format(a=article(word), noun=word)
+                answer = self.rng.choice((YES, NO) if kind == "exist" else (*CELLS, NOWHERE))
+                yield Asked(question, (answer,), (self.picture,), kind, (word,), (word,))
