@@ -154,7 +154,7 @@ def test_a_cell_is_measured_once_for_all_its_rows(monkeypatch: pytest.MonkeyPatc
     GRID.get(asked(threads=1, row_seconds=0.7), other, CPU)
     GRID.close()
     assert [case for case, *_ in measured] == [one, other, one, other]
-    assert [seconds for _, seconds, _ in measured] == [0.1, 0.1, 0.1, 0.7]
+    assert [seconds for _, seconds, _ in measured] == [0.08, 0.08, 0.08, 0.7]
     assert {threads for *_, threads in measured} == {1}
 
 

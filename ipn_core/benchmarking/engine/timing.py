@@ -65,7 +65,7 @@ def in_turn(
             with timing(timed, name):
                 results[name] = rows[name]()
         if repeat >= 0:
-            yield timed, results
+            yield {name: timed[name] for name in rows}, results
 
 
 def collected(repetitions: Iterator[tuple[Timed, Any]]) -> dict[str, list[float]]:
