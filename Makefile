@@ -49,8 +49,10 @@ test: $(STAMP)
 chromium:
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
 	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
-	  { apt-get install -y --no-install-recommends chromium || \
-	    { apt-get update && apt-get install -y --no-install-recommends chromium; }; } \
+	  export DEBIAN_FRONTEND=noninteractive && \
+	  { timeout 300 apt-get install -y --no-install-recommends chromium || \
+	    { timeout 120 apt-get update && \
+	      timeout 300 apt-get install -y --no-install-recommends chromium; }; } \
 	  >/dev/null 2>&1; } || echo "no chromium here, and none that may be installed"
 
 test-slow: $(STAMP) chromium
