@@ -21,21 +21,18 @@ from torch import Tensor
 
 from ipn_core.clock import Clock
 from ipn_core.errors import PromptError
+from ipn_core.looking import at_request, look_at
 from ipn_core.plan import Plan
-from ipn_core.segments import IGNORED, Look, Segment, lay_out
+from ipn_core.segments import IGNORED, Segment, lay_out
 from ipn_core.shapes import expect
 from ipn_core.sharing import Part, divide, undivided
 from ipn_core.stages import (
-    InjectContext,
     Injection,
     LayerContext,
     LayerInjector,
     Percept,
-    Request,
-    RequestContext,
-    VisualMessage,
 )
-from ipn_core.state import LookRecord, Prefix, State
+from ipn_core.state import Prefix, State
 
 if TYPE_CHECKING:
     from ipn_core.model import IPN
@@ -81,7 +78,7 @@ class Engine:
                 hidden = self._extend(segment, embeds, percept, state)
                 if clock:
                     clock.lap("prefill")
-                filled |= self._look(segment, hidden, percept, state, clock, return_map)
+                filled |= look_at(self.model, segment, hidden, percept, state, clock, return_map)
             embeds = self._embed(last, percept, filled)
             (*shared, rest), _ = self._divide(last, percept, state, every=True)
             self._run(shared, embeds, state)
@@ -178,7 +175,7 @@ class Engine:
                 hidden = self._extend(segment, embeds, percept, state, prefixes)
                 yield segment, hidden
                 if index < len(segments) - 1:
-                    filled |= self._look(segment, hidden, percept, state, None, False)
+                    filled |= look_at(self.model, segment, hidden, percept, state, None, False)
 
     def hidden_at_request(self, plans: Sequence[Plan], percept: Percept, look: int = 0) -> Tensor:
         """Return the hidden states (B, R, D) at one `<img-q>` of each prompt.
@@ -194,7 +191,7 @@ class Engine:
         segments, state = self._segments(plans, percept, None)
         with closing(self._walk(segments[: look + 1], state, percept)) as steps:
             *_, (segment, hidden) = steps
-        return self._at_request(segment, segment.looks, hidden)
+        return at_request(self.model, segment, segment.looks, hidden)
 
     @contextmanager
     def layers(self, state: State, percept: Percept, repeats: int = 1) -> Iterator[None]:
@@ -401,104 +398,3 @@ class Engine:
     @staticmethod
     def _count(state: State, more: Tensor) -> None:
         state.lengths = [n + m for n, m in zip(state.lengths, more.tolist(), strict=True)]
-
-    # -- looking ---------------------------------------------------------------------------------
-
-    def _at_request(
-        self, segment: Segment, looks: Sequence[Look], hidden: dict[int, Tensor]
-    ) -> Tensor:
-        requester = self.model.requester
-        assert requester is not None
-        count = len(self.model.backbone.layers)
-        layer = requester.layer % (count + 1)
-        states = hidden[-1] if layer == count else hidden[layer]
-        rows = [look.row for look in looks]
-        if rows != list(range(states.shape[0])):
-            states = states[torch.tensor(rows, device=states.device)]
-        return states[:, -segment.request :].to(self.model.stage_dtype)
-
-    def _look(
-        self,
-        segment: Segment,
-        hidden: dict[int, Tensor],
-        percept: Percept,
-        state: State,
-        clock: Clock | None,
-        return_map: bool,
-    ) -> dict[int, Tensor]:
-        """Request, interact and inject for the rows that look.
-
-        Returns:
-            By row, the tokens (K, D_in) for its slots, where the injector fills any. What else it
-            gives is in the state.
-        """
-        filled: dict[int, Tensor] = {}
-        for round_ in sorted({look.round for look in segment.looks}):
-            looks = tuple(look for look in segment.looks if look.round == round_)
-            at_request = self._at_request(segment, looks, hidden)
-            filled |= self._look_once(looks, at_request, percept, state, clock, return_map)
-        return filled
-
-    def _look_once(
-        self,
-        looks: tuple[Look, ...],
-        hidden: Tensor,
-        percept: Percept,
-        state: State,
-        clock: Clock | None,
-        return_map: bool,
-    ) -> dict[int, Tensor]:
-        """Let rows look together that are in the same round; `hidden` (n, R, D) asks."""
-        model = self.model
-        assert model.requester is not None
-        assert model.interaction is not None
-        assert model.injector is not None
-        context = RequestContext(
-            hidden,
-            [look.row for look in looks],
-            looks[0].round,
-            model.requester.layer,
-        )
-        request: Request = model.call("request", context=context)
-        expect(self.model, "request", request, "values", (len(looks), None, None))
-        if clock:
-            clock.lap("request")
-        features = percept.features.select(
-            [look.row for look in looks], [look.pictures for look in looks]
-        ).to(dtype=model.stage_dtype)
-        request = replace(request, return_map=return_map)
-        message: VisualMessage = model.call("interact", request=request, features=features)
-        width = (len(looks), model.interaction.length, model.interaction.width)
-        expect(self.model, "interact", message, "values", width)
-        if clock:
-            clock.lap("interact")
-        injected = model.call(
-            "inject",
-            message=message,
-            context=InjectContext(model.slots.dynamic, looks[0].round),
-        )
-        tokens = self._apply(injected, message, looks, state)
-        if clock:
-            clock.lap("inject")
-        state.looks.append(LookRecord(looks, request, message, features))
-        rows = [look.row for look in looks]
-        return {} if tokens is None else dict(zip(rows, tokens, strict=True))
-
-    def _apply(
-        self, injected: Injection, message: VisualMessage, looks: Sequence[Look], state: State
-    ) -> Tensor | None:
-        """Put what an injector gave where it belongs; the tokens are left to the next segment."""
-        backbone, injector = self.model.backbone, self.model.injector
-        assert injector is not None
-        n, caches = len(looks), injector.caches
-        slots = (n, injector.fills, backbone.D_in) if injector.fills else None
-        sizes = (n, len(backbone.layers), caches, backbone.kv_heads, backbone.head_dim)
-        tokens = expect(self.model, "inject", injected, "tokens", slots)
-        keys = expect(self.model, "inject", injected, "keys", sizes if caches else None)
-        values = expect(self.model, "inject", injected, "values", sizes if caches else None)
-        for look, told in zip(looks, message.values.to(self.model.stage_dtype), strict=True):
-            state.told[look.row].append((state.lengths[look.row], told))
-        if keys is not None and values is not None:
-            with self.model.driving("remember"):
-                state.remember([look.row for look in looks], keys, values, backbone)
-        return tokens
