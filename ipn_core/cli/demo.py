@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,18 +78,9 @@ def demo(
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[Path]:
-    """Give Gradio a folder for the pictures that visitors bring, which is gone in the end.
+    """Give Gradio a folder for the pictures that visitors bring, which is gone in the end."""
+    from ipn_core.interrupts import ending_on_sigterm
 
-    Also where SIGTERM ends the command, which would leave everything as it is.
-    """
-
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        with tempfile.TemporaryDirectory(prefix="ipn-demo-") as folder:
-            os.environ["GRADIO_TEMP_DIR"] = folder
-            yield Path(folder)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with ending_on_sigterm(), tempfile.TemporaryDirectory(prefix="ipn-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        yield Path(folder)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -18,6 +16,7 @@ import torch
 
 from ipn_core.comparison.job import Job, run_job_in_own_process
 from ipn_core.errors import IPNError, UserError, first_line
+from ipn_core.interrupts import ending_on_sigterm
 
 __all__ = ["EXECUTORS", "Executor", "Local", "Ray"]
 
@@ -55,41 +54,30 @@ class Local(Executor):
         """Start each job as soon as a worker is free; an interruption ends those that run."""
         waiting = list(jobs)
         running: list[tuple[Job, subprocess.Popen[bytes]]] = []
-        try:
-            with _ending_when_told():
-                while waiting or running:
-                    while waiting and len(running) < self.workers:
-                        job = waiting.pop(0)
-                        running.append((job, _start(job)))
-                    for job, process in list(running):
-                        if process.poll() is not None:
-                            running.remove((job, process))
-                            ended(job, None if process.returncode == 0 else _last_words(job))
-                    time.sleep(_POLL_S)
-        finally:
-            for _, process in running:
-                process.terminate()
-            for _, process in running:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=10)
-                process.kill()
+        with ending_on_sigterm(), _ended(running):
+            while waiting or running:
+                while waiting and len(running) < self.workers:
+                    job = waiting.pop(0)
+                    running.append((job, _start(job)))
+                for job, process in list(running):
+                    if process.poll() is not None:
+                        running.remove((job, process))
+                        ended(job, None if process.returncode == 0 else _last_words(job))
+                time.sleep(_POLL_S)
 
 
 @contextlib.contextmanager
-def _ending_when_told() -> Iterator[None]:
-    """Let SIGTERM end the block by an exception, as Ctrl-C does: jobs would go on alone else."""
-
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
+def _ended(running: Sequence[tuple[Job, subprocess.Popen[bytes]]]) -> Iterator[None]:
+    """End the processes that still run when the block does."""
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for _, process in running:
+            process.terminate()
+        for _, process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+            process.kill()
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
