@@ -11,7 +11,6 @@ All ways decode the same tokens greedily after the same prefix, and must find th
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.results import Row, store
-from ipn_core.benchmarking.engine import subjects
-from ipn_core.benchmarking.engine.report import text
+from benchmarks.alone import run_alone
+from benchmarks.results import Row
 from ipn_core.benchmarking.engine.table import Found, took
-from ipn_core.benchmarking.engine.timing import collected, in_turn, ratios, threads
+from ipn_core.benchmarking.engine.timing import collected, in_turn, ratios
 
 PREFIX, NEW = 139, 32
 
@@ -90,23 +88,5 @@ def measure(lm: Any, repeats: int, compiles: bool) -> Found:
     return Found("decoding", f"{NEW} tokens after {PREFIX}", rows, notes=notes)
 
 
-def main() -> None:
-    """Measure, print, and keep the section `decoding`."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, help="fewer than all, on a busy machine")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes")
-    parser.add_argument("--no-store", action="store_true", help="print only")
-    options = parser.parse_args()
-    with threads(options.threads):
-        llm, name = subjects.backbone()
-        found = measure(llm.lm, options.repeats, options.compile)
-        print(f"{name}\n\n{text(found)}")
-        if not options.no_store:
-            notes = [f"language model: {name}", found.title, *found.notes]
-            again = ".venv/bin/python -m benchmarks.decoding --compile"
-            store("decoding", found.rows, notes=notes, again=again)
-
-
 if __name__ == "__main__":
-    main()
+    run_alone("decoding", __doc__ or "", measure)

@@ -14,7 +14,6 @@ after it, and its result is held against it:
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import time
@@ -25,11 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.results import Row, store
-from ipn_core.benchmarking.engine import subjects
-from ipn_core.benchmarking.engine.report import text
+from benchmarks.alone import run_alone
+from benchmarks.results import Row
 from ipn_core.benchmarking.engine.table import Found, took
-from ipn_core.benchmarking.engine.timing import Timed, collected, in_turn, ratios, threads, timing
+from ipn_core.benchmarking.engine.timing import Timed, collected, in_turn, ratios, timing
 
 PREFIX, NEW = 128, 11
 EARLY = (15, 26)
@@ -177,22 +175,5 @@ def _off(got: Tensor, expected: Tensor) -> float:
     return off
 
 
-def main() -> None:
-    """Measure, print, and keep the section `floor`."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, help="fewer than all, on a busy machine")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes")
-    parser.add_argument("--no-store", action="store_true", help="print only")
-    options = parser.parse_args()
-    with threads(options.threads):
-        llm, name = subjects.backbone()
-        found = measure(llm.lm, options.repeats, options.compile)
-        print(f"{name}\n\n{text(found)}")
-        if not options.no_store:
-            notes = [f"language model: {name}", found.title, *found.notes]
-            store("floor", found.rows, notes=notes, again=".venv/bin/python -m benchmarks.floor")
-
-
 if __name__ == "__main__":
-    main()
+    run_alone("floor", __doc__ or "", measure)

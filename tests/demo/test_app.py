@@ -141,4 +141,4 @@ def test_a_picture_is_its_file_alone() -> None:
     assert _path(None) is None
     data = SimpleNamespace(path=None, url="data:image/png;base64,AAAA")
     assert _path(data) is None
-    assert _path(SimpleNamespace(path="/tmp/a.png", url=None)) == "/tmp/a.png"
+    assert _path(SimpleNamespace(path="folder/a.png", url=None)) == "folder/a.png"
