@@ -196,16 +196,30 @@ class Planner:
                 no text, or the chat template refuses its turns.
         """
         _check(prompt)
-        turns = list(prompt.turns)
-        system = self.prompt.system
-        if system is not None and not (turns and turns[0].role == "system"):
-            turns.insert(0, Turn("system", (Text(system),)))
+        turns = self._with_system(prompt.turns)
         if not any(turn.role == "user" for turn in turns):
             raise PromptError("a prompt needs a user's turn. Ask something.")
         pieces = list(self._tokenise(*self._render(turns)))
         return Plan(tuple(pieces), prompt.images, prompt.question)
 
+    def answer_ids(self, text: str) -> list[int]:
+        """Return the tokens of an answer as they follow a question, without what ends it.
+
+        Most tokenizers have other tokens for " cake", after a template's "ANSWER:", than for "cake"
+        at the start of a line.
+        """
+        before = self._with_system([Turn("user", (Text("?"),))])
+        marks = [self._content_mark % i for i in range(len(before))]
+        return self._answer_ids(self._gap(before, marks) + text)
+
     # -- rendering -------------------------------------------------------------------------------
+
+    def _with_system(self, turns: Sequence[Turn]) -> list[Turn]:
+        """Begin with the configured system message, unless the turns bring their own."""
+        system = self.prompt.system
+        if system is None or (turns and turns[0].role == "system"):
+            return list(turns)
+        return [Turn("system", (Text(system),)), *turns]
 
     def _render(self, turns: Sequence[Turn]) -> tuple[str, str, list[tuple[Piece, ...]]]:
         """Return what stands before the template, and the rendered template, with slot marks.

@@ -12,7 +12,9 @@ from toys import LinearConnector, picture, toy_config
 from ipn_core.fitting import declared, sizes
 from ipn_core.hooks import hookimpl
 from ipn_core.model import IPN
+from ipn_core.plan import Tokens
 from ipn_core.plugins import Registry, add_plugin
+from ipn_core.prompt import Prompt
 from ipn_core.stages import Label
 from ipn_core.testing.interactions import TinyLook
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
@@ -119,3 +121,32 @@ def test_verbalise_teaches_with_what_an_interaction_says_itself(model: IPN) -> N
         objective.loss(batch, None)
     assert isinstance(model.interaction, Reader)
     torch.testing.assert_close(told[0], model.interaction.saying(["a", "bc"]))
+
+
+@pytest.mark.parametrize("space", ["", " "])
+def test_directions_are_those_of_answers_where_the_template_puts_them(
+    registry: Registry, space: str
+) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}:"
+        f"{{% if m.role == 'assistant' %}}{space}{{% endif %}}"
+        "{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    prompt = {"template": template, "system": "Be brief."}
+    config = toy_config(registry, "tiny-look", prompt=prompt)
+    encoder = TinyEncoder(TinyEncoderConfig())
+    model = IPN.from_config(config, backbone=tiny_backbone(), encoder=encoder, registry=registry)
+    plan = model.planner.plan(Prompt.ask("What?", [picture()], answer="no cake"))
+    learned = next(piece.ids for piece in plan.pieces if isinstance(piece, Tokens) and piece.learn)
+    answer = model.planner.answer_ids("no cake")
+    assert tuple(answer) == learned[: len(answer)]
+    assert len(learned) == len(answer) + 1  # what ends it
+    assert (model.backbone.tokenizer.decode(answer)) == f"{space}no cake"
+
+    vocabulary = Vocabulary.of(model.backbone)
+    means = torch.stack(
+        [vocabulary.embed(vocabulary.ids(f"{space}{word}")).mean(0) for word in ("no cake", "yes")]
+    )
+    expected = torch.nn.functional.normalize(means - means.mean(0), dim=-1)
+    torch.testing.assert_close(directions(model, ["no cake", "yes"]), expected)

@@ -102,7 +102,9 @@ class Told:
 def directions(model: IPN, words: Sequence[str]) -> Tensor:
     """Return a unit direction (n, D_in) for each of some words in the LLM's input space.
 
-    It is the mean input embedding of the word's tokens, centred over all the words.
+    It is the mean input embedding of the word's tokens as an answer, centred over all the words.
     """
+    vocabulary = Vocabulary.of(model.backbone)
+    vocabulary.ids = model.planner.answer_ids
     with model.driving("embed"):
-        return Vocabulary.of(model.backbone).directions(words)
+        return vocabulary.directions(words)
