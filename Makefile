@@ -8,6 +8,8 @@
 # make bench      the benchmarks, their results, and the documents that show them (20 minutes on 2 cores)
 # make bench-gpu  the same on a CUDA device
 # make lint       ruff and mypy
+# make audit      ask a database of vulnerabilities about every package of the tested set
+# make lock       write the hashes of the tested set anew, after a change of requirements.txt
 #
 # Another Python: make setup PYTHON=python3.12
 # A trial of the benchmarks that touches no document:
@@ -18,21 +20,33 @@ RESULTS ?= benchmarks/results
 BENCH ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+TOOLS := .venv/tools/bin
+TOOLS_STAMP := .venv/tools/.installed
+PIP_INSTALL := -m pip install --disable-pip-version-check
+HASHED := --require-hashes --no-deps --only-binary :all:
 MEMBERS := $(wildcard plugins/*/pyproject.toml backbones/*/pyproject.toml)
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test test-slow test-gpu chromium compare bench bench-gpu lint cuda
+.PHONY: setup demo test test-slow test-gpu chromium compare bench bench-gpu lint audit lock cuda
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt pyproject.toml $(MEMBERS)
+$(STAMP): requirements.txt requirements.lock pyproject.toml $(MEMBERS)
 	@command -v "$(PYTHON)" >/dev/null || { \
 	  echo "IPN needs Python 3.11 or newer, and there is no '$(PYTHON)' here." \
 	    "Install one, or name it: make setup PYTHON=python3.11" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
 	  "IPN needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name another one: make setup PYTHON=python3.11" % v[:2])'
 	"$(PYTHON)" -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	$(BIN)/python $(PIP_INSTALL) $(HASHED) -r requirements.lock
+	$(BIN)/python $(PIP_INSTALL) --no-build-isolation -r requirements.txt
+	@$(BIN)/python -m pip check
+	@touch $@
+
+# For what is no part of IPN, so that none of it can change what is tested.
+$(TOOLS_STAMP): release/tools.lock $(STAMP)
+	"$(PYTHON)" -m venv .venv/tools
+	$(TOOLS)/python $(PIP_INSTALL) --quiet $(HASHED) -r $<
 	@touch $@
 
 demo: $(STAMP)
@@ -92,3 +106,15 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(TOOLS_STAMP)
+	@$(BIN)/python -m release.audit --pip-audit $(TOOLS)/pip-audit
+
+# For every platform and Python from 3.11 on. What is on no index is left out.
+COMPILE = compile() { $(TOOLS)/uv pip compile --quiet --universal --python-version 3.11 \
+  --generate-hashes --no-header --no-annotate --config-file release/torch.toml \
+  --no-emit-package torch "$$@"; }; compile
+
+lock: $(TOOLS_STAMP)
+	grep -v '^-e ' requirements.txt | { $(COMPILE) - --output-file requirements.lock; } >/dev/null
+	$(COMPILE) release/tools.txt --output-file release/tools.lock >/dev/null
