@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ipn_core.cli.options import DEFAULT_MODEL, Debug, Interact, Json, Model, Untrained
+from ipn_core.cli.options import (
+    DEFAULT_MODEL,
+    Debug,
+    Device,
+    Dtype,
+    Interact,
+    Json,
+    Model,
+    Untrained,
+)
 
 if TYPE_CHECKING:
     from ipn_core.answer import Answer
@@ -33,6 +42,8 @@ def ask(
             help="Write a page of what was read, where each look went, and the seconds.",
         ),
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -51,7 +62,12 @@ def ask(
         from ipn_core.evaluation.heatmap import draw_heatmap, require_map
 
         loaded = load_model(
-            model, interact, untrained, check=None if heatmap is None else require_map
+            model,
+            interact,
+            untrained,
+            check=None if heatmap is None else require_map,
+            device=device,
+            dtype=dtype,
         )
         answer = loaded.ask(picture, question)
         if heatmap is not None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ipn_core.cli.options import DEFAULT_MODEL, Debug, Interact, Model, Untrained
+from ipn_core.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Interact, Model, Untrained
 
 __all__ = ["chat"]
 
@@ -19,6 +19,8 @@ def chat(
     model: Model = DEFAULT_MODEL,
     interact: Interact = None,
     untrained: Untrained = False,
+    device: Device = None,
+    dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
     """Answer questions about pictures, one a line, until the input ends (Ctrl-D)."""
@@ -29,7 +31,8 @@ def chat(
 
     pictures = [load_image(image) for image in images]
     with quiet():
-        dialogue = load_model(model, interact, untrained).dialogue(pictures)
+        loaded = load_model(model, interact, untrained, device=device, dtype=dtype)
+        dialogue = loaded.dialogue(pictures)
     failed = False
     for question in _questions():
         try:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ipn_core.cli.options import DEFAULT_MODEL, Debug, Interact, Model
+from ipn_core.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Interact, Model
 
 __all__ = ["demo"]
 
@@ -35,6 +35,8 @@ def demo(
     max_upload: Annotated[
         int, typer.Option("--max-upload", min=1, metavar="MB", help="Of a picture at most.")
     ] = 20,
+    device: Device = None,
+    dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
     """Open a web page to ask about pictures, until it is interrupted; it is never shared."""
@@ -51,7 +53,7 @@ def demo(
     # Before the model is loaded: that the port is taken should not come out late.
     with bound(host, port) as socket, _own_folder() as folder:
         with quiet():
-            first = load_model(model, interact, untrained=False)
+            first = load_model(model, interact, untrained=False, device=device, dtype=dtype)
             import uvicorn
 
             from ipn_core.checkpoint import open_source

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ipn_core.cli.options import DEFAULT_MODEL, Debug, Interact, Json, Model, Untrained
+from ipn_core.cli.options import (
+    DEFAULT_MODEL,
+    Debug,
+    Device,
+    Dtype,
+    Interact,
+    Json,
+    Model,
+    Untrained,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,6 +76,8 @@ def evaluate(
         typer.Option("--seed", min=0, help="Of the partners of --shuffled, and of resampling."),
     ] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions at once.")] = 16,
+    device: Device = None,
+    dtype: Dtype = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -94,9 +105,12 @@ def evaluate(
         for picture in {picture.name: picture for one in asked for picture in one.images}.values():
             picture.check()
         keep_freed_memory()
-        loaded = load_model(model, interact, untrained)
+        where = {"device": device, "dtype": dtype}
+        loaded = load_model(model, interact, untrained, **where)
         # Before the first question: that the other one cannot be loaded should not come out late.
-        other = load_model(against or model, against_interact, untrained) if paired else None
+        other = None
+        if paired:
+            other = load_model(against or model, against_interact, untrained, **where)
         options = {"task": task, "split": chosen, "batch_size": batch_size, "seed": seed}
         report = _answer(loaded, asked, shuffled=shuffled, pool=pool, **options)
         theirs = _answer(other, asked, **options) if other else None

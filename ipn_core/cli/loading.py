@@ -153,6 +153,9 @@ def load_model(
     interact: str | None,
     untrained: bool,
     check: Callable[[IPN], object] | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> IPN:
     """Load a model by name, folder, hub id, or `importer:source`.
 
@@ -161,13 +164,17 @@ def load_model(
         interact: the strategy, None for the model's default.
         untrained: allow a strategy without weights, and say so.
         check: raises if the model will not do, before anything is said of it.
+        device: where it runs, None for the GPU if there is one.
+        dtype: of its weights, None for the device's usual one; see `ipn_core.placing`.
 
     Raises:
-        UserError: there is no such model or strategy, or its files are not right.
+        UserError: there is no such model, strategy, device or format, or its files are not right.
         DownloadError: something that it needs could not be fetched.
     """
+    from ipn_core.placing import device_of, dtype_on, place
     from ipn_core.plugins import get_registry
 
+    dtype_on(device_of(device), dtype)  # refuses what there is not before anything is fetched
     registry = get_registry()
     known = registry.entries("weights")
     if model in known:
@@ -183,6 +190,7 @@ def load_model(
         if needed.backbone.weights in known:
             pull(str(needed.backbone.weights))
     loaded = load(IPN, source, interact=interact, untrained=untrained, registry=registry)
+    place(loaded, device, dtype)
     if check is not None:
         check(loaded)
     if not trained:

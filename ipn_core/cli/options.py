@@ -7,7 +7,17 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-__all__ = ["DEBUGGING", "DEFAULT_MODEL", "Debug", "Interact", "Json", "Model", "Untrained"]
+__all__ = [
+    "DEBUGGING",
+    "DEFAULT_MODEL",
+    "Debug",
+    "Device",
+    "Dtype",
+    "Interact",
+    "Json",
+    "Model",
+    "Untrained",
+]
 
 DEFAULT_MODEL = "starter"
 
@@ -16,6 +26,20 @@ DEBUGGING: ContextVar[bool] = ContextVar("debugging", default=False)
 
 Debug: TypeAlias = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of a failure, and libraries' warnings.")
+]
+Device: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="NAME", help="cpu, cuda or cuda:1; by default the GPU if there is one."
+    ),
+]
+Dtype: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="float32, bfloat16 or float16; by default bfloat16 on a GPU, elsewhere as stored.",
+    ),
 ]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Model: TypeAlias = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ipn_core.cli.options import Debug
+from ipn_core.cli.options import Debug, Device, Dtype
 
 __all__ = ["serve"]
 
@@ -33,6 +33,8 @@ def serve(
     max_body: Annotated[
         int, typer.Option("--max-body", min=1, metavar="MB", help="Of a request at most.")
     ] = 20,
+    device: Device = None,
+    dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
     """Serve /v1/chat/completions with pictures, /healthz and /metrics until it is interrupted.
@@ -48,7 +50,7 @@ def serve(
     # Before the model is loaded: that the port is taken should not come out late.
     with bound(host, port) as socket:
         with quiet():
-            loaded = load_model(model, interact, untrained=False)
+            loaded = load_model(model, interact, untrained=False, device=device, dtype=dtype)
             import uvicorn
 
             from ipn_core.serving.app import create_app

@@ -69,4 +69,5 @@ class Strategies:
             encoder=first.encoder if config.encoder == first.config.encoder else None,
             registry=self._registry,
         )
-        return model.eval()
+        there = first.slots.request
+        return model.to(there.device, there.dtype).eval()

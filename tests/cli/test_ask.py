@@ -50,6 +50,33 @@ def test_the_wished_interaction_is_used(home: Path, ipn: Callable[..., Run]) -> 
     assert json.loads(run.out)["interact"] == "tiny-mean"
 
 
+@pytest.mark.parametrize("command", ["ask", "eval", "chat"])
+def test_commands_run_where_and_as_they_are_told(
+    home: Path, ipn: Callable[..., Run], command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ipn_core import placing
+
+    placed: list[tuple[str | None, str | None]] = []
+    place = placing.place
+
+    def spy(model: IPN, device: str | None = None, dtype: str | None = None) -> IPN:
+        placed.append((device, dtype))
+        return place(model, device, dtype)
+
+    monkeypatch.setattr(placing, "place", spy)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    first = {"ask": (home / "scene.png", "hi"), "eval": (home / "q.jsonl",), "chat": ("a.png",)}
+    words = [*first[command], "-m", home / "model", "--device", "cpu"]
+    if command == "chat":
+        words[0] = home / "scene.png"
+    if command == "eval":
+        words[0].write_text(json.dumps({"image": "scene.png", "question": "hi", "answer": "a"}))
+    assert ipn(command, *words, "--dtype", "bfloat16").code == 0
+    assert placed == [("cpu", "bfloat16")]
+    refused = ipn(command, *words, "--dtype", "int8")
+    assert_refused(refused, "'--dtype' must be one of float32, bfloat16, float16, got 'int8'")
+
+
 def test_a_question_that_looks_like_an_option(home: Path, ipn: Callable[..., Run]) -> None:
     run = ipn("ask", "-m", home / "model", "--", home / "scene.png", "--debug")
     assert run.code == 0

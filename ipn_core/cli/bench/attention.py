@@ -73,8 +73,9 @@ def attention(
         from ipn_core.attention.choice import machine, write_table
         from ipn_core.attention.drawing import default_cases
         from ipn_core.attention.timing import fastest, measure
+        from ipn_core.placing import device_of
 
-        where = _device(device)
+        where = device_of(device)
         if model is not None:
             cases = _used_by(model, where)
         elif parsed:
@@ -127,30 +128,12 @@ def _check(what: str, given: Sequence[str], known: Sequence[str], shaped: bool) 
         raise UserError(f"'--{what}' says what to give a '--shape', and there is none. Add one.")
 
 
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    from ipn_core.errors import UserError
-
-    there = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda" if there else "cpu"))
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not there):
-        raise UserError(f"'--device' must be {'cpu or cuda' if there else 'cpu'}, got '{name}'.")
-    if device.type == "cuda" and ":" not in (name or ""):
-        # With its number, as tensors have it.
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
 def _used_by(model: str, device: torch.device) -> list[Case]:
     from ipn_core.attention.drawing import cases_of
     from ipn_core.cli.loading import load_model
     from ipn_core.errors import UserError
 
-    cases = cases_of(load_model(model, None, untrained=False).to(device))
+    cases = cases_of(load_model(model, None, untrained=False, device=str(device)))
     if not cases:
         raise UserError(
             f"'{model}' leaves no attention to the backend 'auto': there is nothing to time. Name "
