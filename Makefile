@@ -10,6 +10,7 @@
 # make lint       ruff and mypy
 # make audit      ask a database of vulnerabilities about every package of the tested set
 # make lock       write the hashes of the tested set anew, after a change of requirements.txt
+# make docs       the documentation site, in build/site; make docs-serve shows it while you write
 #
 # Another Python: make setup PYTHON=python3.12
 # A trial of the benchmarks that touches no document:
@@ -20,6 +21,7 @@ RESULTS ?= benchmarks/results
 BENCH ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS := .venv-docs
 TOOLS := .venv/tools/bin
 TOOLS_STAMP := .venv/tools/.installed
 PIP_INSTALL := -m pip install --disable-pip-version-check
@@ -27,7 +29,8 @@ HASHED := --require-hashes --no-deps --only-binary :all:
 MEMBERS := $(wildcard plugins/*/pyproject.toml backbones/*/pyproject.toml)
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test test-slow test-gpu chromium compare bench bench-gpu lint audit lock cuda
+.PHONY: setup demo test test-slow test-gpu chromium compare bench bench-gpu lint audit lock docs \
+  docs-serve cuda
 
 setup: $(STAMP)
 
@@ -118,3 +121,18 @@ COMPILE = compile() { $(TOOLS)/uv pip compile --quiet --universal --python-versi
 lock: $(TOOLS_STAMP)
 	grep -v '^-e ' requirements.txt | { $(COMPILE) - --output-file requirements.lock; } >/dev/null
 	$(COMPILE) release/tools.txt --output-file release/tools.lock >/dev/null
+
+# The site is made without the rest, in an environment of its own.
+$(DOCS)/.installed: docs/making/requirements.txt
+	"$(PYTHON)" -m venv $(DOCS)
+	$(DOCS)/bin/python $(PIP_INSTALL) --quiet -r $<
+	@touch $@
+
+# The variable keeps out what the theme says of other programs; warnings of mkdocs fail.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict
+
+docs-serve: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs serve --strict

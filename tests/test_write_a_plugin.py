@@ -8,23 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from outside import IPN, install, run
+from outside import IPN, files, install, run, write
 
 from ipn_core.scaffold import KINDS, Package
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "write-a-plugin.md").read_text(encoding="utf-8")
-FILES = dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE))
+FILES = files(PAGE)
 
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the page's files, and its package installed in `site`."""
     folder = tmp_path_factory.mktemp("outside")
-    for name, text in FILES.items():
-        path = folder / name if name == "film.yaml" else folder / "ipn-my-film" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    places = {name: name if name == "film.yaml" else f"ipn-my-film/{name}" for name in FILES}
+    write({places[name]: text for name, text in FILES.items()}, folder)
     install(folder / "ipn-my-film", folder / "site")
     return folder
 

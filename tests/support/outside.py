@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
 IPN = str(BIN / "ipn")
+
+
+def files(page: str) -> dict[str, str]:
+    """Return the files that a page shows: the blocks whose language is followed by a path."""
+    return dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
+
+
+def write(files: dict[str, str], folder: Path) -> None:
+    """Write files into a folder that need not be there."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def install(package: Path, site: Path) -> None:
