@@ -121,11 +121,12 @@ COMPILE = compile() { $(TOOLS)/uv pip compile --quiet --universal --python-versi
 lock: $(TOOLS_STAMP)
 	grep -v '^-e ' requirements.txt | { $(COMPILE) - --output-file requirements.lock; } >/dev/null
 	$(COMPILE) release/tools.txt --output-file release/tools.lock >/dev/null
+	$(COMPILE) docs/making/requirements.txt --output-file docs/making/requirements.lock >/dev/null
 
 # The site is made without the rest, in an environment of its own.
-$(DOCS)/.installed: docs/making/requirements.txt
+$(DOCS)/.installed: docs/making/requirements.lock
 	"$(PYTHON)" -m venv $(DOCS)
-	$(DOCS)/bin/python $(PIP_INSTALL) --quiet -r $<
+	$(DOCS)/bin/python $(PIP_INSTALL) --quiet $(HASHED) -r $<
 	@touch $@
 
 # The variable keeps out what the theme says of other programs; warnings of mkdocs fail.

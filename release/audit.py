@@ -25,7 +25,7 @@ from pathlib import Path
 __all__ = ["Audit", "audit", "main", "pinned"]
 
 ROOT = Path(__file__).parents[1]
-SETS = ("requirements.lock", "release/tools.lock")
+SETS = ("requirements.lock", "release/tools.lock", "docs/making/requirements.lock")
 UNHASHED = "requirements.txt"
 SERVICES = ("pypi", "osv")
 CANARY = "pillow==9.0.0"
@@ -59,7 +59,7 @@ class _Run:
 
 
 def pinned(root: Path) -> list[list[str]]:
-    """Return the requirements of the tested set and of the tools, `name==version` with a marker.
+    """Return the requirements of each of `SETS`, `name==version` with a marker.
 
     Args:
         root: of the workspace.

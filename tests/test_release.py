@@ -31,7 +31,14 @@ def entries(name: str) -> dict[str, list[tuple[Requirement, list[str]]]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "release/tools.lock"])
+LOCKS = {
+    "requirements.lock": "requirements.txt",
+    "release/tools.lock": "release/tools.txt",
+    "docs/making/requirements.lock": "docs/making/requirements.txt",
+}
+
+
+@pytest.mark.parametrize("name", LOCKS)
 def test_every_package_of_a_lock_has_one_version_and_its_hashes(name: str) -> None:
     locked = entries(name)
     assert len(locked) > 20
@@ -44,11 +51,8 @@ def test_every_package_of_a_lock_has_one_version_and_its_hashes(name: str) -> No
         assert len(some) == 1 or all(one.marker for one, _ in some), some
 
 
-@pytest.mark.parametrize(
-    ("asked", "name"),
-    [("requirements.txt", "requirements.lock"), ("release/tools.txt", "release/tools.lock")],
-)
-def test_a_lock_is_in_step_with_what_is_asked_for(asked: str, name: str) -> None:
+@pytest.mark.parametrize(("name", "asked"), LOCKS.items())
+def test_a_lock_is_in_step_with_what_is_asked_for(name: str, asked: str) -> None:
     locked = entries(name)
     lines = [line.partition(" #")[0].strip() for line in (ROOT / asked).read_text().splitlines()]
     wanted = [Requirement(one) for one in lines if one and not one.startswith(("#", "-e"))]
@@ -151,7 +155,7 @@ def test_no_database_is_told_and_counted_and_no_success(fake: Any, answers: Any)
 
 
 def test_every_package_is_asked_about_and_torch_too() -> None:
-    some, tools = pinned(ROOT)
+    some, tools, _site = pinned(ROOT)
     assert len(some) == len(set(some)) > 100
     assert len(tools) == len(set(tools)) > 20
     assert [one for one in some if one.startswith("torch==")]
