@@ -33,7 +33,6 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="ipn",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

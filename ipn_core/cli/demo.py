@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from ipn_core.cli.completing import installed
 from ipn_core.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Interact, Model
 
 __all__ = ["demo"]
@@ -29,7 +30,10 @@ def demo(
     examples: Annotated[
         str | None,
         typer.Option(
-            "--examples", metavar="TASK|FILE.jsonl", help="Whose first pictures the page offers."
+            "--examples",
+            metavar="TASK|FILE.jsonl",
+            help="Whose first pictures the page offers.",
+            autocompletion=installed("task"),
         ),
     ] = None,
     max_upload: Annotated[

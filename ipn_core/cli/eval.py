@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ipn_core.cli.completing import installed
 from ipn_core.cli.options import (
     DEFAULT_MODEL,
     Debug,
@@ -37,7 +38,12 @@ FEW_PICTURES = 20
 
 
 def evaluate(
-    task: Annotated[str, typer.Argument(metavar="TASK|FILE.jsonl", help="What to answer.")],
+    task: Annotated[
+        str,
+        typer.Argument(
+            metavar="TASK|FILE.jsonl", help="What to answer.", autocompletion=installed("task")
+        ),
+    ],
     model: Model = DEFAULT_MODEL,
     interact: Interact = None,
     untrained: Untrained = False,
@@ -57,6 +63,7 @@ def evaluate(
             "--against",
             metavar="NAME|PATH",
             help="Another model that answers the same questions, for a paired test.",
+            autocompletion=installed("weights"),
         ),
     ] = None,
     against_interact: Annotated[
@@ -65,6 +72,7 @@ def evaluate(
             "--against-interact",
             metavar="NAME",
             help="The interaction of that model; without --against, another one of this model.",
+            autocompletion=installed("strategy"),
         ),
     ] = None,
     predictions: Annotated[

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ipn_core.cli.completing import installed
 from ipn_core.cli.options import Debug, Json
 
 __all__ = ["app"]
@@ -28,7 +29,14 @@ def list_(json: Json = False, debug: Debug = False) -> None:
 
 @app.command("pull")
 def pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name of 'ipn models list'.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A name of 'ipn models list'.",
+            autocompletion=installed("weights"),
+        ),
+    ],
     json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ipn_core.cli.completing import kinds
 from ipn_core.cli.options import Debug
 
 __all__ = ["new"]
@@ -15,7 +16,10 @@ _KINDS = "interaction, perceiver, requester, injector, backbone, attention or ta
 
 
 def new(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"What it brings: {_KINDS}")],
+    kind: Annotated[
+        str,
+        typer.Argument(metavar="KIND", help=f"What it brings: {_KINDS}", autocompletion=kinds),
+    ],
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="What configs call it, such as my-look.")
     ],

@@ -7,6 +7,8 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from ipn_core.cli.completing import installed
+
 __all__ = [
     "DEBUGGING",
     "DEFAULT_MODEL",
@@ -49,6 +51,7 @@ Model: TypeAlias = Annotated[
         "-m",
         metavar="NAME|PATH",
         help="A name of 'ipn models', a folder, a hub id, or a published checkpoint as llava:ID.",
+        autocompletion=installed("weights"),
     ),
 ]
 Interact: TypeAlias = Annotated[
@@ -58,6 +61,7 @@ Interact: TypeAlias = Annotated[
         "-i",
         metavar="NAME",
         help="One of the interactions that the model has weights for; its default otherwise.",
+        autocompletion=installed("strategy"),
     ),
 ]
 Untrained: TypeAlias = Annotated[

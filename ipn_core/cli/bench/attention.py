@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ipn_core.cli.completing import installed
 from ipn_core.cli.options import Debug, Json
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def attention(
         typer.Option(
             metavar="NAME|PATH",
             help="Time what this model computes when it is asked and taught, instead.",
+            autocompletion=installed("weights"),
         ),
     ] = None,
     dtype: Annotated[
