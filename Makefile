@@ -9,6 +9,8 @@
 # make bench-gpu  the same on a CUDA device
 # make lint       ruff and mypy
 # make audit      ask a database of vulnerabilities about every package of the tested set
+# make release-check  wheels and sdists built, looked into, installed where nothing else is, and tested
+#                 there; Python 3.12 and 3.13 without torch (SHORT=1: in under a minute)
 # make lock       write the hashes of the tested set anew, after a change of requirements.txt
 # make docs       the documentation site, in build/site; make docs-serve shows it while you write
 #
@@ -29,8 +31,8 @@ HASHED := --require-hashes --no-deps --only-binary :all:
 MEMBERS := $(wildcard plugins/*/pyproject.toml backbones/*/pyproject.toml)
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test test-slow test-gpu chromium compare bench bench-gpu lint audit lock docs \
-  docs-serve cuda
+.PHONY: setup demo test test-slow test-gpu chromium compare bench bench-gpu lint audit lock release-check \
+  docs docs-serve cuda
 
 setup: $(STAMP)
 
@@ -112,6 +114,11 @@ lint: $(STAMP)
 
 audit: $(TOOLS_STAMP)
 	@$(BIN)/python -m release.audit --pip-audit $(TOOLS)/pip-audit
+
+# The models must be there, for the tests that ask them from the wheels.
+release-check: $(TOOLS_STAMP)
+	@$(BIN)/ipn models pull smollm2-135m-instruct
+	$(TOOLS)/python -m release.check $(if $(SHORT),--short)
 
 # For every platform and Python from 3.11 on. What is on no index is left out.
 COMPILE = compile() { $(TOOLS)/uv pip compile --quiet --universal --python-version 3.11 \

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from release.audit import CANARY, audit, pinned
 
 ROOT = Path(__file__).parents[1]
 UNHASHED = {"torch"}
@@ -78,6 +80,16 @@ def test_the_lock_holds_what_the_workspace_asks_for_here() -> None:
             assert all(one.specifier.contains(str(v.specifier)[2:]) for v, _ in locked[known]), one
 
 
+@pytest.fixture
+def release(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The workspace's own programs, which are no part of a wheel."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    import release.artifacts
+    import release.audit
+
+    return release
+
+
 # -- the audit -------------------------------------------------------------------------------------
 
 FAKE = """#!{python}
@@ -124,8 +136,8 @@ SAFE = "audit: 2 packages looked up in {}, 0 vulnerable, 0 not known there."
 
 
 @pytest.mark.parametrize("answers", [{"pypi": {}}, {"pypi": "silent", "osv": {}}, {"osv": {}}])
-def test_a_set_that_is_safe_passes(fake: Any, answers: Any) -> None:
-    found = audit([["a==1"], ["b==2"]], fake(**answers))
+def test_a_set_that_is_safe_passes(release: Any, fake: Any, answers: Any) -> None:
+    found = release.audit.audit([["a==1"], ["b==2"]], fake(**answers))
     assert (found.code, len(found.lines)) == (0, 1)
     assert found.lines[0] == SAFE.format("pypi" if answers.get("pypi") == {} else "osv")
 
@@ -140,26 +152,30 @@ def test_a_set_that_is_safe_passes(fake: Any, answers: Any) -> None:
         ({"osv": {"bad": ["a"], "lacks": ["b"]}}, "audit: a 1 is vulnerable: V-1"),
     ],
 )
-def test_whatever_a_database_holds_against_it_fails(fake: Any, answers: Any, said: str) -> None:
-    found = audit([["a==1"], ["b==2"]], fake(**answers))
+def test_whatever_a_database_holds_against_it_fails(
+    release: Any, fake: Any, answers: Any, said: str
+) -> None:
+    found = release.audit.audit([["a==1"], ["b==2"]], fake(**answers))
     assert found.code == 1
     assert said in found.lines
 
 
 @pytest.mark.parametrize("answers", [{}, {"pypi": "silent"}, {"pypi": "silent", "osv": "silent"}])
-def test_no_database_is_told_and_counted_and_no_success(fake: Any, answers: Any) -> None:
-    found = audit([["a==1"], ["b==2"]], fake(**answers))
+def test_no_database_is_told_and_counted_and_no_success(
+    release: Any, fake: Any, answers: Any
+) -> None:
+    found = release.audit.audit([["a==1"], ["b==2"]], fake(**answers))
     assert found.code == 0
     assert found.lines[0].startswith("audit: could not reach a database of vulnerabilities: pypi (")
     assert found.lines[1].startswith("audit: 0 of 2 packages were looked up. Run 'make audit'")
 
 
-def test_every_package_is_asked_about_and_torch_too() -> None:
-    some, tools, _site = pinned(ROOT)
+def test_every_package_is_asked_about_and_torch_too(release: Any) -> None:
+    some, tools, _site = release.audit.pinned(ROOT)
     assert len(some) == len(set(some)) > 100
     assert len(tools) == len(set(tools)) > 20
     assert [one for one in some if one.startswith("torch==")]
-    assert CANARY not in some
+    assert release.audit.CANARY not in some
     assert all(Requirement(one).specifier for one in some)
 
 
@@ -168,3 +184,107 @@ def test_every_test_that_the_threat_model_names_is_there() -> None:
     assert len(named) > 20
     for path, test in named:
         assert f"def {test}(" in (ROOT / path).read_text(), (path, test)
+
+
+# -- the distributions -----------------------------------------------------------------------------
+
+
+def test_every_distribution_is_in_step_with_the_core(release: Any) -> None:
+    core, *rest = release.artifacts.members()
+    assert (core.name, len(rest)) == ("ipn-core", 15)
+    for one in rest:
+        assert one.project["version"] == core.project["version"], one.name
+        assert (ROOT / one.source / "__init__.py").is_file()
+        assert (ROOT / one.folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+def repack(wheel: Path, change: dict[str, bytes | None]) -> None:
+    """Add, replace or take out files of a wheel."""
+    with zipfile.ZipFile(wheel) as file:
+        held = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(wheel, "w") as file:
+        for name, content in {**held, **change}.items():
+            if content is not None:
+                file.writestr(name, content)
+
+
+INFO = "ipn_film-0.1.0.dist-info"
+
+
+@pytest.fixture
+def film(release: Any, tmp_path: Path) -> Any:
+    """Say what is wrong with the wheel of ipn-film after a change."""
+    core = release.artifacts.members()[0]
+    (mine,) = (m for m in release.artifacts.members() if m.name == "ipn-film")
+    folder = release.artifacts.copy_of(ROOT / mine.folder, tmp_path / mine.folder)
+    shutil.copy(ROOT / "LICENSE", tmp_path)  # which its own is a link to
+    for kind in ("sdist", "wheel"):
+        code = f"from setuptools import build_meta; build_meta.build_{kind}({str(tmp_path)!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+    sdist, wheel = tmp_path / "ipn_film-0.1.0.tar.gz", tmp_path / "ipn_film-0.1.0-py3-none-any.whl"
+
+    def faults(change: dict[str, bytes | None]) -> list[str]:
+        repack(wheel, change)
+        found: list[str] = release.artifacts.faults_of(mine, sdist, wheel, core)
+        return found
+
+    return faults
+
+
+def test_what_is_built_of_a_member_is_right_and_what_is_wrong_is_found(film: Any) -> None:
+    assert film({}) == []
+    assert film({"ipn_film/film.py": None}) == [
+        "its wheel lacks plugins/ipn-film/src/ipn_film/film.py"
+    ]
+    assert "its wheel holds tests/junk.py" in film({"tests/junk.py": b""})
+    large = film({"ipn_film/cache.bin": bytes(2_000_000)})
+    assert "its wheel's ipn_film/cache.bin is no kind of file of ours" in large
+    assert "ipn_film/cache.bin has 2,000,000 bytes" in large
+    assert "its wheel does not hold the licence's text" in film({f"{INFO}/licenses/LICENSE": b""})
+    metadata = (
+        b"Metadata-Version: 2.4\nName: ipn-film\nVersion: 0.2.0\nRequires-Dist: ipn-core<0.1\n"
+    )
+    said = film({f"{INFO}/METADATA": metadata})
+    for part in (
+        "its Version is '0.2.0', expected '0.1.0'",
+        "its License-Expression is None, expected 'Apache-2.0'",
+        "it asks for ipn-core<0.1, and this is 0.1.0",
+        "it takes Python 3.10",
+        "its description is empty",
+    ):
+        assert part in said
+
+
+# -- without torch ---------------------------------------------------------------------------------
+
+TORCHLESS = """
+import pytest
+
+def test_passes():
+    pass
+
+def test_needs_torch():
+    raise ModuleNotFoundError("No module named 'torch'")
+
+def test_lacks_a_fixture(registry):
+    pass
+
+def test_fails():
+    raise ModuleNotFoundError("No module named 'numpy'")
+"""
+
+
+def test_without_torch_only_what_needs_it_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "test_one.py").write_text(TORCHLESS)
+    (tmp_path / "test_two.py").write_text("raise ImportError(\"No module named 'torch'\")")
+    words = ["-m", "pytest", "-q", "-p", "release.torchless", "--noconftest", "."]
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "1 failed, 1 passed, 3 skipped" in done.stdout, done.stdout
+    assert "test_fails" in done.stdout

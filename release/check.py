@@ -1,0 +1,177 @@
+"""Build every distribution, look into it, and test the wheels where nothing else is installed.
+
+    python -m release.check            the whole; leaves wheels and sdists in dist/
+    python -m release.check --short    the libraries of the present environment, a few test files
+
+Both build and look into all wheels and sdists. Whole: an empty environment of this Python gets the
+libraries of `requirements.lock` and torch, and `make test` runs there against the wheels; one of
+Python 3.12 and one of 3.13, where these are installed, gets the same without torch (for them an
+index may hold a CUDA build of several GB alone), and what needs no torch is tested there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from release.artifacts import ROOT, Member, build, copy_of, faults_of, members
+from release.installing import Environment, interpreter
+
+__all__ = ["main"]
+
+OTHERS = ("3.12", "3.13")
+SHORT = (
+    "tests/test_plugins.py",
+    "tests/test_checkpoint.py",
+    "tests/test_images.py",
+    "tests/test_dialogue.py",
+    "tests/cli/test_words.py",
+    "plugins/ipn-film",
+    "backbones/ipn-llama",
+)
+"""Discovery, saving, pictures, the engine, the command line and a member of each folder."""
+OF_THE_SOURCES = (
+    # They copy, list or install the sources, which are not here.
+    "tests/test_imports.py",
+    "tests/test_release.py",
+)
+
+
+class _Check:
+    """One run; collects what fails."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.failures: list[str] = []
+        self.began = time.monotonic()
+
+    def tell(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.began:4.0f} s] {text}", flush=True)
+
+    def fail(self, text: str) -> None:
+        self.failures.append(text)
+        self.tell(f"FAILED: {text}")
+
+    def artifacts(self) -> list[Path]:
+        """Build everything and look into it; returns the wheels."""
+        workspace = copy_of(ROOT, self.place / "workspace")
+        every = members()
+        wheels = []
+        with ThreadPoolExecutor(2) as pool:
+            built = list(pool.map(lambda one: build(one, workspace, self.place / "dist"), every))
+        for member, (sdist, wheel) in zip(every, built, strict=True):
+            for fault in faults_of(member, sdist, wheel, every[0]):
+                self.fail(f"{member.name}: {fault}")
+            wheels.append(wheel)
+        sizes = sum(w.stat().st_size for w in wheels) / 1e6
+        version = every[0].project["version"]
+        self.tell(
+            f"{len(wheels)} wheels ({sizes:.1f} MB) and sdists of version {version} built; "
+            "metadata, licences and contents looked at"
+        )
+        return wheels
+
+    def tests(self) -> Path:
+        """Return a folder with the workspace's tests and none of its sources."""
+        sources = tuple(str(member.source) for member in members())
+        return copy_of(ROOT, self.place / "tests", leave_out=sources)
+
+    def wheels_alone(self, environment: Environment, folder: Path) -> None:
+        """Make sure that what is tested is what was built."""
+        where = environment.where(folder).strip()
+        if not Path(where).is_relative_to(environment.folder):
+            self.fail(f"ipn_core is imported from {where!r}, not from its wheel")
+
+    def commands(self, environment: Environment, folder: Path, every: Sequence[Member]) -> None:
+        """Run what needs no torch by hand: the help, the plugins, and a package of one's own."""
+        ipn = str(environment.folder / "bin" / "ipn")
+        run = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+        done = environment.run("-c", run, ipn, "plugins", "--json", folder=folder)
+        listed = set(re.findall(r'"distribution": "([\w-]+)"', done.stdout))
+        faults = [one for one in re.findall(r'"faults": \[(.*?)\]', done.stdout, re.DOTALL) if one]
+        wanted = {m.name for m in every if m.registers}
+        if done.returncode or faults or wanted - listed:
+            self.fail(f"ipn plugins: {done.returncode}, {faults}, missing {wanted - listed}")
+        for words in (("--help",), ("--version",), ("new", "interaction", "mine", "--dir", "new")):
+            done = environment.run("-c", run, ipn, *words, folder=folder)
+            if done.returncode:
+                self.fail(f"ipn {' '.join(words)}: {done.stderr or done.stdout}")
+        self.tell(f"{len(listed)} distributions register without fault; the command line works")
+
+    def test(self, environment: Environment, folder: Path, *words: str) -> None:
+        """Run tests, and say the counts."""
+        passed, said = environment.test(folder, *words)
+        if passed:
+            self.tell(f"{environment.folder.name}: {said}")
+        else:
+            self.fail(f"tests in {environment.folder.name}:\n{said}")
+
+
+def _short(check: _Check, wheels: list[Path]) -> None:
+    folder = check.tests()
+    environment = Environment(check.place / "short", sys.executable)
+    environment.borrow(str(ROOT / ".venv" / "bin" / "python"))
+    environment.install(wheels, libraries=False, torch=None)
+    check.wheels_alone(environment, folder)
+    check.commands(environment, folder, members())
+    chosen = "not slow and not gpu and not weights"
+    check.test(environment, folder, "-m", chosen, *SHORT)
+    check.tell(
+        "short: libraries of .venv, seven of the test files; 'make release-check' is the whole"
+    )
+
+
+def _whole(check: _Check, wheels: list[Path]) -> None:
+    folder = check.tests()
+    torch = re.search(r"^torch==\S+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert torch is not None
+    mine = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    environment = Environment(check.place / f"python{mine}", sys.executable)
+    environment.install(wheels, libraries=True, torch=torch[0])
+    check.tell(f"Python {mine}: wheels and libraries installed into an empty environment")
+    check.wheels_alone(environment, folder)
+    check.commands(environment, folder, members())
+    without = [word for one in OF_THE_SOURCES for word in ("--ignore", one)]
+    check.test(environment, folder, "-n", "2", "-m", "not slow and not gpu", *without)
+    for version in OTHERS:
+        python = interpreter(version)
+        if python is None:
+            check.tell(f"Python {version}: not installed here, so not tried")
+            continue
+        environment = Environment(check.place / f"python{version}", python)
+        environment.install(wheels, libraries=True, torch=None)
+        check.tell(f"Python {version}: wheels and libraries installed, torch left out")
+        check.wheels_alone(environment, folder)
+        check.commands(environment, folder, members())
+        # The conftest.py files import torch.
+        words = ("--noconftest", "-p", "release.torchless", "-m", "not slow and not gpu")
+        check.test(environment, folder, *words, *without)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--short", action="store_true")
+    short = parser.parse_args(words).short
+    with tempfile.TemporaryDirectory(prefix="ipn-release-") as place:
+        check = _Check(Path(place))
+        wheels = check.artifacts()
+        (_short if short else _whole)(check, wheels)
+        if check.failures:
+            print(f"release-check: {len(check.failures)} failures", file=sys.stderr)
+            return 1
+        if not short:
+            shutil.copytree(check.place / "dist", ROOT / "dist", dirs_exist_ok=True)
+        print("release-check: nothing wrong")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
