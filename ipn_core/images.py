@@ -27,6 +27,8 @@ __all__ = ["MAX_PIXELS", "check_image", "content_key", "crop", "load_image"]
 
 MAX_PIXELS = 50_000_000
 """Largest accepted width × height; larger files are refused before they are decoded."""
+_PART = 1_000_000
+"""Pixels of a 16-bit picture that are scaled at once: in double precision they need eight bytes."""
 
 
 def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -198,14 +200,25 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     if image.mode in ("I", "I;16", "I;16L", "I;16B", "F"):
-        # 16-bit and float pictures: Pillow would clip at 255 instead of scaling.
-        import numpy as np
-
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        top = 65535.0 if values.max(initial=0.0) > 255 else 255.0
-        image = Image.fromarray((np.clip(values / top, 0, 1) * 255).astype(np.uint8))
+        image = _to_eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         image = Image.alpha_composite(white, rgba)
     return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale a 16-bit or float picture, which Pillow would clip at 255; a part at a time."""
+    import numpy as np
+    from PIL import Image
+
+    raw = np.asarray(image)
+    parts = np.array_split(raw.reshape(-1), raw.size // _PART + 1)
+    peaks = (np.nan_to_num(part.astype(np.float64)).max(initial=0) for part in parts)
+    top = 65535.0 if any(peak > 255 for peak in peaks) else 255.0
+    scaled = [
+        (np.clip(np.nan_to_num(part.astype(np.float64)) / top, 0, 1) * 255).astype(np.uint8)
+        for part in parts
+    ]
+    return Image.fromarray(np.concatenate(scaled).reshape(raw.shape))

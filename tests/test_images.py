@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,23 @@ def test_transparent_parts_become_white(mode: str) -> None:
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     deep = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
     assert [load_image(encoded(deep)).getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F", "I"])
+def test_a_deep_picture_is_scaled_in_little_memory_and_alike_in_every_part(mode: str) -> None:
+    ramp = np.arange(4_000_000, dtype=np.uint16).reshape(2000, 2000) % 60_000
+    kinds = {"I;16": np.uint16, "F": np.float32, "I": np.int32}
+    deep = Image.fromarray(ramp.astype(kinds[mode]))
+    assert deep.mode == mode
+    tracemalloc.start()
+    try:
+        image = load_image(deep)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    expected = (ramp / 65535.0 * 255).astype(np.uint8)
+    assert np.array_equal(np.asarray(image)[:, :, 0], expected)
+    assert peak < 20 * ramp.size, "bytes a pixel"
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "HSV", "LAB", "F", "I"])
