@@ -236,6 +236,12 @@ class Backbone(nn.Module):
         placed = getattr(self.lm, "hf_device_map", None) or getattr(self.lm, "is_quantized", False)
         return self if placed else super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
+    @property
+    def words(self) -> Tensor:
+        """The input embeddings (vocabulary, D_in) of all tokens; nothing learns through them."""
+        table: Tensor = self.lm.get_input_embeddings().weight
+        return table.detach()
+
     def embed(self, ids: Tensor) -> Tensor:
         """Look tokens up: ids (B, T) -> (B, T, D_in)."""
         embedded: Tensor = self.lm.get_input_embeddings()(ids)

@@ -108,7 +108,7 @@ def _look_once(
     injected = model.call(
         "inject",
         message=message,
-        context=InjectContext(model.slots.dynamic, looks[0].round),
+        context=InjectContext(model.slots.dynamic, looks[0].round, model.backbone.words),
     )
     tokens = _apply(model, injected, message, looks, state)
     if clock:

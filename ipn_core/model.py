@@ -178,7 +178,7 @@ class IPN(nn.Module):
             interaction = build("interaction", config.interact)
         if config.inject is not None:
             injector = build("injector", config.inject)
-            injector.begin(backbone.lm.get_input_embeddings().weight.detach())
+            injector.begin(backbone.words)
         return cls(config, backbone, perceiver, requester, interaction, injector, name, registry)
 
     @classmethod

@@ -37,9 +37,8 @@ def device_of(name: str | None = None) -> torch.device:
     known = {"cpu": 1, "cuda": count}
     if (device.index or 0) >= known.get(device.type, 0):
         gpus = ["cuda", *(f"cuda:{i}" for i in range(count))] if count else []
-        raise UserError(
-            f"'--device' must be {' or '.join(['cpu', *gpus])} here, got '{name}'. See 'ipn doctor'."
-        )
+        here = " or ".join(["cpu", *gpus])
+        raise UserError(f"'--device' must be {here} here, got '{name}'. See 'ipn doctor'.")
     if device.type == "cuda" and device.index is None:
         # With its number, as tensors have it.
         return torch.device("cuda", torch.cuda.current_device())

@@ -176,10 +176,12 @@ class InjectContext:
     Attributes:
         slots: (K, D_in) the learned embeddings of the `<img-d>` slots.
         round: 0 for the first look.
+        words: (vocabulary, D_in) the LLM's input embeddings, which do not learn.
     """
 
     slots: Tensor
     round: int = 0
+    words: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

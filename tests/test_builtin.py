@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
-from ipn_core.builtin.injectors import TokenInjector, TokenInjectorConfig
+from ipn_core.builtin.injectors import TokenInjector, TokenInjectorConfig, WordLookup
 from ipn_core.builtin.requesters import Constant, HiddenState, HiddenStateConfig, Shuffled
-from ipn_core.stages import Dims, RequestContext
+from ipn_core.stages import Dims, InjectContext, RequestContext, VisualMessage
 from ipn_core.testing.contracts import InjectorContract, RequesterContract
 
 
@@ -100,7 +101,44 @@ def test_an_injection_may_start_at_the_words_that_messages_point_at() -> None:
     before = plain.linear.weight.clone()
     plain.begin(words)
     assert torch.equal(plain.linear.weight, before)
-    reasons = TokenInjector.not_supported_reasons(
-        TokenInjectorConfig(start="words"), replace(dims, Dm=4)
-    )
-    assert any("its width is 4, not 64" in reason for reason in reasons)
+    for among_words in ({"start": "words"}, {"lookup": 30.0}):
+        config = TokenInjectorConfig(**among_words)
+        reasons = TokenInjector.not_supported_reasons(config, replace(dims, Dm=4))
+        assert any("its width is 4, not 64" in reason for reason in reasons)
+
+
+def test_a_message_near_a_word_is_handed_on_as_that_word() -> None:
+    torch.manual_seed(0)
+    words = torch.randn(500, 64) * torch.rand(500, 1).exp() + 3
+    lookup = WordLookup(64, 30.0)
+    lookup.begin(words)
+    mean = words.mean(0)
+    directions = torch.nn.functional.normalize(words - mean, dim=1)
+    noise = torch.nn.functional.normalize(torch.randn(500, 64), dim=1)
+    messages = (7 * (directions + 0.8 * noise)).unsqueeze(0).requires_grad_()
+    found = lookup(messages, words)
+    like = torch.nn.functional.cosine_similarity
+    assert like(messages[0], directions).mean() < 0.85
+    assert like(found[0], directions).mean() > 0.98
+    # By hand, for one message: attention over centred words, of the words themselves.
+    weights = (30 * torch.nn.functional.normalize(messages[0, 7], dim=0) @ directions.T).softmax(0)
+    by_hand = torch.nn.functional.normalize(weights @ words - mean, dim=0)
+    torch.testing.assert_close(found[0, 7], by_hand, rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+    assert messages.grad is not None
+    assert messages.grad.abs().sum() > 0
+
+
+def test_the_injector_looks_messages_up_before_it_projects_them() -> None:
+    torch.manual_seed(0)
+    words = torch.randn(50, 64)
+    dims = replace(DIMS, D_in=64, Dm=64, M=DIMS.K)
+    injector = TokenInjector(TokenInjectorConfig(start="words", lookup=30.0), dims)
+    injector.begin(words)
+    assert injector.lookup is not None
+    slots, values = torch.randn(DIMS.K, 64), torch.randn(2, DIMS.K, 64)
+    tokens = injector(VisualMessage(values), InjectContext(slots, words=words)).tokens
+    assert torch.equal(tokens, injector.project(injector.lookup(values, words)) + slots)
+    assert not any("lookup" in name for name in injector.state_dict())
+    with pytest.raises(ValueError, match="words is needed"):
+        injector(VisualMessage(values), InjectContext(slots))

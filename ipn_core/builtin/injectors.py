@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from ipn_core.config import Config
 from ipn_core.stages import Dims, InjectContext, Injection, Injector, VisualMessage
 
-__all__ = ["TokenInjector", "TokenInjectorConfig"]
+__all__ = ["TokenInjector", "TokenInjectorConfig", "WordLookup"]
 
 _SMALL = 0.01
 """What an MLP beside the identity begins with: not nothing, so that all of it learns at once."""
@@ -25,18 +27,24 @@ class TokenInjectorConfig(Config):
         start: of the weights. `words` begins with messages as what `answer-embedding` makes them
             point at: the mean word, and from there so far in the message's direction as words lie
             apart. Messages must be as wide as the LLM's embeddings.
+        lookup: how sharply messages are looked up among the LLM's words before anything else: what
+            their cosines are multiplied with in a softmax over the whole vocabulary. None to take
+            messages as they are. Messages must be as wide as the LLM's embeddings.
     """
 
     hidden: int = 0
     norm: bool = True
     start: Literal["random", "words"] = "random"
+    lookup: float | None = Field(default=None, gt=0)
 
 
 class TokenInjector(Injector):
     """Fill the K `<img-d>` slots: `slots + W·norm(message) [+ MLP(norm(message))]`.
 
     LMEye (arXiv 2305.03701) adds a linear projection to the learned `<img-d>` embeddings; the
-    layer norm before it and the MLP beside it are ours.
+    layer norm before it, the MLP beside it and the lookup of messages among words are ours. A
+    frozen LLM reads a word that it knows at once, and a direction between words only after much
+    training.
     """
 
     Config = TokenInjectorConfig
@@ -54,6 +62,7 @@ class TokenInjector(Injector):
             if config.hidden
             else None
         )
+        self.lookup = None if config.lookup is None else WordLookup(dims.D_in, config.lookup)
 
     @classmethod
     def not_supported_reasons(cls, config: TokenInjectorConfig, dims: Dims) -> list[str]:
@@ -64,17 +73,20 @@ class TokenInjector(Injector):
                 f"the interaction's message has {dims.M} tokens and the layout {dims.K} slots for "
                 f"them: set layout.dynamic to {dims.M}"
             )
-        if config.start == "words" and dims.Dm != dims.D_in:
+        among_words = config.start == "words" or config.lookup is not None
+        if among_words and dims.Dm != dims.D_in:
             reasons.append(
-                f"with start 'words' a message is a direction among the LLM's embeddings, and its "
-                f"width is {dims.Dm}, not {dims.D_in}: set the width of the interaction's messages "
-                "to that, or start to random"
+                "with start 'words' or a lookup a message is a direction among the LLM's "
+                f"embeddings, and its width is {dims.Dm}, not {dims.D_in}: set the width of the "
+                "interaction's messages to that, or start to random and lookup to null"
             )
         return reasons
 
     @torch.no_grad()
     def begin(self, embeddings: Tensor) -> None:
         """With `start: words`, begin as the identity among the LLM's embeddings."""
+        if self.lookup is not None:
+            self.lookup.begin(embeddings)
         if self.config.start == "random":
             return
         words = embeddings.float().cpu()
@@ -90,7 +102,12 @@ class TokenInjector(Injector):
 
     def forward(self, message: VisualMessage, context: InjectContext) -> Injection:
         """Project (B, K, Dm) to (B, K, D_in)."""
-        return Injection(self.project(message.values) + context.slots)
+        values = message.values
+        if self.lookup is not None:
+            if context.words is None:
+                raise ValueError("InjectContext.words is needed to look messages up among them")
+            values = self.lookup(values, context.words)
+        return Injection(self.project(values) + context.slots)
 
     def project(self, values: Tensor) -> Tensor:
         """Project (…, Dm) to (…, D_in) without the slots' own embeddings."""
@@ -103,3 +120,43 @@ class TokenInjector(Injector):
     def extra_repr(self) -> str:
         """Return the widths."""
         return f"Dm={self.dims.Dm}, D_in={self.dims.D_in}"
+
+
+class WordLookup(nn.Module):
+    """Messages become mixtures of the LLM's words: attention over its input embeddings.
+
+    Attributes:
+        mean: (D_in,) the mean word.
+        lengths: (vocabulary,) how far each word lies from it.
+    """
+
+    mean: Tensor
+    lengths: Tensor
+
+    def __init__(self, width: int, sharpness: float) -> None:
+        super().__init__()
+        self.sharpness = sharpness
+        self.register_buffer("mean", torch.zeros(width), persistent=False)
+        self.register_buffer("lengths", torch.ones(1), persistent=False)
+
+    def begin(self, embeddings: Tensor) -> None:
+        """Measure the words (vocabulary, D_in) once."""
+        words = embeddings.float().cpu()
+        mean = words.mean(0)
+        # Rows that were never trained may all be alike: they are no direction, and stay away.
+        self.lengths = (words - mean).norm(dim=1).clamp(min=1e-6)
+        self.mean = mean
+
+    def forward(self, values: Tensor, words: Tensor) -> Tensor:
+        """Return the direction from the mean word (B, M, D_in) of what values (B, M, D_in) are."""
+        directions = F.normalize(values.float(), dim=-1)
+        mean, lengths = self.mean.float(), self.lengths.float()
+        cosines = (directions.to(words.dtype) @ words.T).float()
+        cosines = (cosines - directions @ mean.unsqueeze(1)) / lengths
+        weights = (self.sharpness * cosines).softmax(-1)
+        found = (weights.to(words.dtype) @ words).float() - mean
+        return F.normalize(found, dim=-1).to(values.dtype)
+
+    def extra_repr(self) -> str:
+        """Return the sharpness."""
+        return f"sharpness={self.sharpness:g}"

@@ -195,9 +195,10 @@ class _TowardsAnswers(Objective):
 
 
 class AnswerEmbedding(_TowardsAnswers):
-    """Cross-entropy over all targets: each message token points at its target's input embedding.
+    """Each message token points at its target's input embedding: nearest to it, and close to it.
 
-    A look after the first is asked for as if the ones before it had found theirs.
+    That is cross-entropy over all targets, plus one minus the cosine: what is only nearer to its
+    target than to the other targets is, among all of the LLM's words, no word yet. A look after the first is asked for as if the ones before it had found theirs.
     """
 
     name = "answer-embedding"
@@ -211,7 +212,10 @@ class AnswerEmbedding(_TowardsAnswers):
         logits = torch.cat([x for _, x, _ in found]).flatten(0, 1)
         wanted = torch.cat([x for *_, x in found]).to(logits.device)
         tokens = len(logits) // len(wanted)
-        return F.cross_entropy(logits, wanted.repeat_interleave(tokens), label_smoothing=0.02)
+        wanted = wanted.repeat_interleave(tokens)
+        cosines = logits.gather(1, wanted.unsqueeze(1)) / self.sharpness
+        nearest = F.cross_entropy(logits, wanted, label_smoothing=0.02)
+        return nearest + (1 - cosines).mean()
 
     def labels(self, batch: Batch) -> int:
         """Count the looks whose target has an embedding."""
