@@ -41,10 +41,17 @@ SLOW = {
     'ipn ask photo.jpg "Is there a dog?" --model photo': r"^(yes|no)",
     'ipn ask photo.jpg "What is on the left?" --model photo': r"^\w.+$",
     "ipn eval easy-vqa --limit 400": r"all +│ 400 │",
+    "ipn doctor": r"(?s)^versions\n.*\nattention\n.* eager +works\n.*\nfaults\n    none$",
+    "ipn eval emoji-scenes --limit 40 --against-interact static": r"first minus other, in points",
     "ipn eval emoji-scenes --limit 200": r"all +│ 200 │ +(8|9)\d\.\d%",
     "ipn eval emoji-scenes --limit 200 --shuffled": r"all +│ 200 │ +1?\d\.\d%",
 }
 """The same with the starter's weights."""
+
+REFUSED = {
+    'ipn ask examples/scene.png "Is there a dog?" --interact rvi': r"did you mean 'rvii'\?",
+}
+"""Wrong on purpose, with what must be said."""
 
 ELSEWHERE = {
     'ipn ask examples/scene.png "Is there a dog?" --model runs/film/model': (
@@ -63,6 +70,9 @@ ELSEWHERE = {
     "--dtype bfloat16": "tests/cli/test_bench_attention.py::test_what_a_model_computes_is_timed",
     "ipn bench engine": "tests/cli/test_bench_engine.py::test_the_command_prints_rows_or_json",
     "ipn bench engine --only first-token": (
+        "tests/cli/test_bench_engine.py::test_rows_are_chosen_by_name_or_by_what_they_begin_with"
+    ),
+    "ipn bench engine --only first-token-128": (
         "tests/cli/test_bench_engine.py::test_rows_are_chosen_by_name_or_by_what_they_begin_with"
     ),
     "ipn bench engine --short": (
@@ -188,9 +198,11 @@ def run_by_its_own(block: Block) -> bool:
 
 def test_every_command_is_run_or_says_why_not() -> None:
     shown = {command for command in commands() if not form(command)}
-    tables = [QUICK, SLOW, ELSEWHERE, NOT_RUN]
-    assert shown == set().union(*tables)
-    assert len(shown) == sum(map(len, tables))
+    tests = {command for command in shown if command.startswith("python -m pytest ")}
+    assert all((ROOT / command.split()[-1]).is_file() for command in tests)
+    tables = [QUICK, SLOW, REFUSED, ELSEWHERE, NOT_RUN]
+    assert shown - tests == set().union(*tables)
+    assert len(shown - tests) == sum(map(len, tables))
 
 
 def test_the_tests_that_are_named_exist() -> None:
@@ -285,27 +297,41 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def typed(command: str, folder: Path) -> str:
-    """Run a command line as a reader does; returns what it printed."""
-    environment = {**os.environ, "COLUMNS": "120"}
+def typed(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command line as a reader does."""
     ipn = str(Path(sys.executable).parent / "ipn")
-    words = [ipn, *shlex.split(command)[1:]]
-    done = subprocess.run(
-        words, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    return subprocess.run(
+        [ipn, *shlex.split(command)[1:]],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize("command", QUICK)
 def test_a_command_does_what_the_page_says(command: str, folder: Path) -> None:
-    assert re.search(QUICK[command], typed(command, folder))
+    done = typed(command, folder)
+    assert done.returncode == 0, done.stderr
+    assert re.search(QUICK[command], done.stdout)
 
 
 @pytest.mark.slow
 @pytest.mark.weights
 @pytest.mark.parametrize("command", SLOW)
 def test_a_command_with_the_starter_does_what_the_page_says(command: str, folder: Path) -> None:
-    assert re.search(SLOW[command], typed(command, folder).strip())
+    done = typed(command, folder)
+    assert done.returncode == 0, done.stderr
+    assert re.search(SLOW[command], done.stdout.strip())
     for written in re.findall(r"--(?:heatmap|trace) (\S+)", command):
         assert (folder / written).stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+@pytest.mark.parametrize("command", REFUSED)
+def test_what_is_wrong_on_purpose_is_refused(command: str, folder: Path) -> None:
+    done = typed(command, folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(REFUSED[command], done.stderr)
