@@ -33,25 +33,27 @@ LIBRARIES = (
 
 
 def doctor(json: Json = False, debug: Debug = False) -> None:
-    """Show versions, device, attention backends with reasons, plugin faults and the cache."""
+    """Show versions, device, attention backends with reasons, the cache, and every fault."""
+    from ipn_core.cli.health import cache, settings
     from ipn_core.cli.probe import probe_plugins
     from ipn_core.cli.terminal import print_json, quiet
+    from ipn_core.weights import cache_dir
 
     with quiet():
         probes = probe_plugins(deep=True)
-        device, trouble = _device()
+        device, broken = _device()
+        kept, unkept = cache(cache_dir())
         found = {
             "versions": _versions(),
             "device": device,
-            "attention": {} if trouble else _attention(device["name"], probes),
-            "attention_by": None if trouble else _chosen_by(device["name"]),
+            "attention": {} if broken else _attention(device["name"], probes),
+            "attention_by": None if broken else _chosen_by(device["name"]),
             "faults": [
-                {"plugin": probe.label, "reason": reason}
-                for probe in probes
-                for reason in probe.faults
-            ]
-            + [{"plugin": "torch", "reason": reason} for reason in trouble],
-            "cache": _cache(),
+                *_faults(probes, broken),
+                *({"plugin": "cache", "reason": reason} for reason in (*unkept, *_size(broken))),
+            ],
+            "cache": kept,
+            "settings": settings(),
         }
     if json:
         print_json(found)
@@ -71,7 +73,34 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _device() -> tuple[dict[str, Any], list[str]]:
+def _faults(probes: Sequence[Probe], broken: Exception | None) -> list[dict[str, str]]:
+    """Return what is wrong with torch, with what is installed, and with plugins."""
+    from ipn_core.cli.health import merged, requirement_faults, torch_fault
+
+    found = [{"plugin": "torch", "reason": torch_fault(broken)}] if broken else []
+    found += requirement_faults(["ipn-core", *(probe.distribution for probe in probes)])
+    known = " ".join(str(broken).split()) if broken else None
+    for probe in probes:
+        reasons = merged(probe.faults, known)
+        found += [{"plugin": probe.label, "reason": reason} for reason in reasons]
+    return found
+
+
+def _size(broken: Exception | None) -> list[str]:
+    """Return what is wrong with the size that the cache of features may have."""
+    if broken:
+        return []
+    from ipn_core.errors import ConfigError
+    from ipn_core.training.shards import cache_size
+
+    try:
+        cache_size()
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def _device() -> tuple[dict[str, Any], Exception | None]:
     """Describe where models run, and what keeps torch from starting."""
     found: dict[str, Any] = {
         "name": "cpu",
@@ -81,7 +110,7 @@ def _device() -> tuple[dict[str, Any], list[str]]:
     try:
         import torch
     except Exception as error:  # a broken binary raises OSError, ImportError or its own
-        return found, [f"import failed: {type(error).__name__}: {error}"]
+        return found, error
     found["threads"] = torch.get_num_threads()
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -89,7 +118,7 @@ def _device() -> tuple[dict[str, Any], list[str]]:
         found["description"] = torch.cuda.get_device_name()
         found["count"] = torch.cuda.device_count()
         found["memory_bytes"] = {"free": free, "total": total}
-    return found, []
+    return found, None
 
 
 def _attention(device: str, probes: Sequence[Probe]) -> dict[str, dict[str, Any]]:
@@ -120,21 +149,6 @@ def _chosen_by(device: str) -> str:
     return describe(here or torch.device(device))
 
 
-def _cache() -> dict[str, Any]:
-    import shutil
-
-    from ipn_core.weights import cache_dir
-
-    folder = cache_dir()
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    files = [f for f in folder.rglob("*") if f.is_file() and not f.is_symlink()]
-    return {
-        "folder": str(folder),
-        "used_bytes": sum(f.stat().st_size for f in files),
-        "free_bytes": shutil.disk_usage(there).free,
-    }
-
-
 def _print_findings(found: Mapping[str, Any]) -> None:
     from rich.console import Console
 
@@ -161,6 +175,8 @@ def _print_findings(found: Mapping[str, Any]) -> None:
         "cache",
         {"folder": cache["folder"], "used": f"{used:.2f} GB", "free on its disk": f"{free:.1f} GB"},
     )
+    if found["settings"]:
+        _section(console, "settings", found["settings"])
     console.print("faults")
     for fault in found["faults"]:
         console.print(f"    {fault['plugin']}: {fault['reason']}")

@@ -145,6 +145,7 @@ def test_doctor_survives_a_plugin_that_ends_its_process(
         "attention_by",
         "faults",
         "cache",
+        "settings",
     ]
     assert found["versions"]["torch"] == torch.__version__
     assert found["attention"]["eager"]["available"] is True
