@@ -39,7 +39,7 @@ def device_of(name: str | None = None) -> torch.device:
         gpus = ["cuda", *(f"cuda:{i}" for i in range(count))] if count else []
         here = " or ".join(["cpu", *gpus])
         raise UserError(f"'--device' must be {here} here, got '{name}'. See 'ipn doctor'.")
-    if device.type == "cuda" and device.index is None:
+    if str(device) == "cuda":
         # With its number, as tensors have it.
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -113,12 +114,10 @@ def evaluate(
         for picture in {picture.name: picture for one in asked for picture in one.images}.values():
             picture.check()
         keep_freed_memory()
-        where = {"device": device, "dtype": dtype}
-        loaded = load_model(model, interact, untrained, **where)
+        load = partial(load_model, untrained=untrained, device=device, dtype=dtype)
+        loaded = load(model, interact)
         # Before the first question: that the other one cannot be loaded should not come out late.
-        other = None
-        if paired:
-            other = load_model(against or model, against_interact, untrained, **where)
+        other = load(against or model, against_interact) if paired else None
         options = {"task": task, "split": chosen, "batch_size": batch_size, "seed": seed}
         report = _answer(loaded, asked, shuffled=shuffled, pool=pool, **options)
         theirs = _answer(other, asked, **options) if other else None

@@ -198,7 +198,8 @@ class AnswerEmbedding(_TowardsAnswers):
     """Each message token points at its target's input embedding: nearest to it, and close to it.
 
     That is cross-entropy over all targets, plus one minus the cosine: what is only nearer to its
-    target than to the other targets is, among all of the LLM's words, no word yet. A look after the first is asked for as if the ones before it had found theirs.
+    target than to the other targets is, among all of the LLM's words, no word yet. A look after
+    the first is asked for as if the ones before it had found theirs.
     """
 
     name = "answer-embedding"
