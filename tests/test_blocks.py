@@ -240,7 +240,10 @@ def options(words: list[str]) -> set[str]:
     return {name for one in command.params for name in one.opts} | {"--help", "--debug"}
 
 
-@pytest.mark.parametrize("page", PAGES)
+PLUGINS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("*/ipn-*/*.md"))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *PLUGINS, "CHANGELOG.md", "SECURITY.md"])
 def test_every_option_that_is_named_exists(page: str) -> None:
     for command, named in spoken_of(page):
         assert set(named) <= options(command.split()), command

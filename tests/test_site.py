@@ -138,6 +138,9 @@ def test_make_docs_builds_every_page_without_a_warning() -> None:
     site = ROOT / CONFIG["site_dir"]
     for page in navigated(CONFIG["nav"]):
         assert (site / page).with_suffix(".html").is_file(), page
+    fetched = re.compile(r"<(?:script|img)[^>]* src=\"?https?:|<link rel=\"?stylesheet[^>]*https?:")
+    for path in site.rglob("*.html"):
+        assert not fetched.search(path.read_text(encoding="utf-8")), path
     made = {path.stem: path.read_text(encoding="utf-8") for path in site.glob("*.html")}
     assert 'id="ipn_core.model.IPN.from_pretrained"' in made["api"]
     assert 'id="ipn-doctor"' in made["cli"]
