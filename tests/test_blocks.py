@@ -142,6 +142,7 @@ NOT_RUN = {
     "make bench-gpu": "needs a CUDA device",
     "pip install 'ipn-core[demo]'": INDEX,
     "pip install 'ipn-core[serve]'": INDEX,
+    "pip install 'ipn-core[ray-serve]'": INDEX,
     "pip install './plugins/ipn-lmms-eval[lmms-eval]'": LMMS_EVAL,
     "pip install './plugins/ipn-lmms-eval[evaluator]'": LMMS_EVAL,
     "pip install --no-deps lmms-eval==0.7.3": LMMS_EVAL,
