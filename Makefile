@@ -7,10 +7,12 @@
 # make compare    a reduced comparison at equal budget (under 30 minutes on 2 cores)
 # make bench      the benchmarks, their results, and the documents that show them (20 minutes on 2 cores)
 # make bench-gpu  the same on a CUDA device
+# make torture    what must never break, tried widely and counted for docs/reliability.md
+#                 (under 20 minutes on 2 cores; SCALE=0.05 tries a part and writes no document)
 # make lint       ruff and mypy
 # make audit      ask a database of vulnerabilities about every package of the tested set
 # make release-check  wheels and sdists built, looked into, installed where nothing else is, and tested
-#                 there; Python 3.12 and 3.13 without torch (SHORT=1: in under a minute)
+#                 there; Python 3.12 and 3.13 without torch (PART=short: in a minute or so)
 # make lock       write the hashes of the tested set anew, after a change of requirements.txt
 # make docs       the documentation site, in build/site; make docs-serve shows it while you write
 #
@@ -21,6 +23,8 @@
 PYTHON ?= python3
 RESULTS ?= benchmarks/results
 BENCH ?=
+PART ?= whole
+SCALE ?= 1
 BIN := .venv/bin
 STAMP := .venv/.installed
 DOCS := .venv-docs
@@ -31,7 +35,7 @@ HASHED := --require-hashes --no-deps --only-binary :all:
 MEMBERS := $(wildcard plugins/*/pyproject.toml backbones/*/pyproject.toml)
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test test-slow test-gpu chromium compare bench bench-gpu lint audit lock release-check \
+.PHONY: setup demo test test-slow test-gpu chromium compare bench bench-gpu torture lint audit lock release-check \
   docs docs-serve cuda
 
 setup: $(STAMP)
@@ -99,6 +103,15 @@ bench: $(STAMP)
 bench-gpu: cuda
 	$(MEASURE) -m gpu $(BENCH); $(RENDER)
 
+torture: $(STAMP)
+	@$(BIN)/ipn models pull smollm2-135m-instruct
+ifeq ($(SCALE),1)
+	$(BIN)/python -m pytest torture -q --timeout 1200; status=$$?; \
+	  $(BIN)/python -m torture.render && exit $$status
+else
+	$(BIN)/python -m pytest torture -q --timeout 1200 --scale $(SCALE) --counts build/torture.json
+endif
+
 # What the targets for a GPU need, so that they need nothing else.
 cuda: $(STAMP)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
@@ -118,7 +131,7 @@ audit: $(TOOLS_STAMP)
 # The models must be there, for the tests that ask them from the wheels.
 release-check: $(TOOLS_STAMP)
 	@$(BIN)/ipn models pull smollm2-135m-instruct
-	$(TOOLS)/python -m release.check $(if $(SHORT),--short)
+	$(TOOLS)/python -m release.check --part $(PART)
 
 # For every platform and Python from 3.11 on. What is on no index is left out.
 COMPILE = compile() { $(TOOLS)/uv pip compile --quiet --universal --python-version 3.11 \

@@ -7,6 +7,7 @@ A model may also come from a published checkpoint of another format; see `ipn_co
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
@@ -47,6 +48,7 @@ __all__ = [
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "models.json"
+DIGEST = "sha256"
 FORMAT = 1
 """Version of the folder's format, in `config.json`."""
 
@@ -74,7 +76,8 @@ def save(
     config = {"format": FORMAT, **model.config.model_dump(mode="json", exclude_none=True)}
     folder.mkdir(parents=True, exist_ok=True)
     # Weights first: a config without weights is refused, weights without a config are not seen.
-    atomic_write(folder / WEIGHTS, to_bytes(state, metadata={"format": "pt"}))
+    metadata = {"format": "pt", DIGEST: digest_of(state)}
+    atomic_write(folder / WEIGHTS, to_bytes(state, metadata=metadata))
     atomic_write(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
@@ -285,7 +288,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is missing, damaged, or no safetensors file.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     _inside(path.parent, path)
@@ -298,11 +301,33 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         )
         raise CheckpointError(f"no such file: '{path}' ({hint}). Save the model again.")
     try:
-        return load_file(path)
+        state = load_file(path)
+        with safe_open(path, "pt") as file:
+            promised = (file.metadata() or {}).get(DIGEST)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"'{path}' is damaged or no safetensors file ({error}). Fetch or save it again."
         ) from None
+    if promised is not None and promised != digest_of(state):
+        raise CheckpointError(
+            f"'{path}' is damaged: its tensors are not those that were saved ({DIGEST}). "
+            "Fetch or save it again."
+        )
+    return state
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """Return the hexadecimal sha256 of tensors, their names, types and shapes.
+
+    It lies in the weights' own file, so that the two are written at once. Earlier versions wrote
+    none; safetensors itself notices damage of its header alone.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_state(model: IPN, state: Mapping[str, Tensor], where: str) -> None:
@@ -356,8 +381,12 @@ def _inside(folder: Path, path: Path) -> Path:
 
     The hub's cache links each file to its blobs, a folder beside the snapshot; that is allowed.
     """
-    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # links that lead round in a circle
+        raise CheckpointError(f"'{path}' is a link that leads nowhere: refused.") from None
+    if path.is_symlink() or not target.is_relative_to(folder.resolve()):
         blobs = folder.resolve().parent.parent / "blobs"
-        if not path.resolve().is_relative_to(blobs):
+        if not target.is_relative_to(blobs):
             raise CheckpointError(f"'{path}' is a link out of its folder: refused.")
     return path

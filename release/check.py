@@ -1,12 +1,13 @@
 """Build every distribution, look into it, and test the wheels where nothing else is installed.
 
-    python -m release.check            the whole; leaves wheels and sdists in dist/
-    python -m release.check --short    the libraries of the present environment, a few test files
+    python -m release.check                     the whole; leaves wheels and sdists in dist/
+    python -m release.check --part short        libraries of the present environment, a few tests
+    python -m release.check --part torchless    what the whole does for Python 3.12 and 3.13
 
-Both build and look into all wheels and sdists. Whole: an empty environment of this Python gets the
-libraries of `requirements.lock` and torch, and `make test` runs there against the wheels; one of
-Python 3.12 and one of 3.13, where these are installed, gets the same without torch (for them an
-index may hold a CUDA build of several GB alone), and what needs no torch is tested there.
+Each builds all wheels and sdists and looks into them. Whole: an empty environment gets what is in
+`requirements.lock`, and torch, and `make test` runs there against the wheels; one of Python 3.12
+and one of 3.13, where these are installed, gets the same without torch (for them an index may hold
+a CUDA build of several GB alone), and what needs no torch is tested there.
 """
 
 from __future__ import annotations
@@ -38,10 +39,13 @@ SHORT = (
 )
 """Discovery, saving, pictures, the engine, the command line and a member of each folder."""
 OF_THE_SOURCES = (
-    # They copy, list or install the sources, which are not here.
+    # They read, list or link to the sources, which are not here.
     "tests/test_imports.py",
+    "tests/test_readme.py",
     "tests/test_release.py",
+    "tests/test_site.py",
 )
+WITHOUT = tuple(word for one in OF_THE_SOURCES for word in ("--ignore", one))
 
 
 class _Check:
@@ -99,7 +103,11 @@ class _Check:
         wanted = {m.name for m in every if m.registers}
         if done.returncode or faults or wanted - listed:
             self.fail(f"ipn plugins: {done.returncode}, {faults}, missing {wanted - listed}")
-        for words in (("--help",), ("--version",), ("new", "interaction", "mine", "--dir", "new")):
+        for words in (
+            ("--help",),
+            ("--version",),
+            ("new", "interaction", "mine", "--dir", str(environment.folder)),
+        ):
             done = environment.run("-c", run, ipn, *words, folder=folder)
             if done.returncode:
                 self.fail(f"ipn {' '.join(words)}: {done.stderr or done.stdout}")
@@ -138,8 +146,11 @@ def _whole(check: _Check, wheels: list[Path]) -> None:
     check.tell(f"Python {mine}: wheels and libraries installed into an empty environment")
     check.wheels_alone(environment, folder)
     check.commands(environment, folder, members())
-    without = [word for one in OF_THE_SOURCES for word in ("--ignore", one)]
-    check.test(environment, folder, "-n", "2", "-m", "not slow and not gpu", *without)
+    check.test(environment, folder, "-n", "2", "-m", "not slow and not gpu", *WITHOUT)
+
+
+def _without_torch(check: _Check, wheels: list[Path]) -> None:
+    folder = check.tests()
     for version in OTHERS:
         python = interpreter(version)
         if python is None:
@@ -150,24 +161,29 @@ def _whole(check: _Check, wheels: list[Path]) -> None:
         check.tell(f"Python {version}: wheels and libraries installed, torch left out")
         check.wheels_alone(environment, folder)
         check.commands(environment, folder, members())
-        # The conftest.py files import torch.
-        words = ("--noconftest", "-p", "release.torchless", "-m", "not slow and not gpu")
-        check.test(environment, folder, *words, *without)
+        # The conftest.py files import torch; so do the processes that the last file starts.
+        words = ("--noconftest", "-p", "release.torchless", "--ignore", "tests/test_memory.py")
+        chosen = ("-m", "not slow and not gpu and not weights")
+        check.test(environment, folder, *words, *chosen, *WITHOUT)
+
+
+PARTS = {"short": (_short,), "torchless": (_without_torch,), "whole": (_whole, _without_torch)}
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run from the command line; returns 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--short", action="store_true")
-    short = parser.parse_args(words).short
+    parser.add_argument("--part", choices=PARTS, default="whole")
+    part = parser.parse_args(words).part
     with tempfile.TemporaryDirectory(prefix="ipn-release-") as place:
         check = _Check(Path(place))
         wheels = check.artifacts()
-        (_short if short else _whole)(check, wheels)
+        for test in PARTS[part]:
+            test(check, wheels)
         if check.failures:
             print(f"release-check: {len(check.failures)} failures", file=sys.stderr)
             return 1
-        if not short:
+        if part == "whole":
             shutil.copytree(check.place / "dist", ROOT / "dist", dirs_exist_ok=True)
         print("release-check: nothing wrong")
     return 0

@@ -33,6 +33,11 @@ def test_the_interval_of_a_median_is_that_of_the_tables(n: int, ranks: tuple[int
     assert median_interval(samples) == ranks
 
 
+def test_the_interval_of_the_median_of_thousands() -> None:
+    low, high = median_interval([float(n) for n in range(10_001)])
+    assert (low, high) == (4901.0, 5099.0)  # 5,000 ∓ 1.96 · √10,001 / 2, and to the next rank
+
+
 def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
     draw = random.Random(1)
     hits = 0

@@ -132,6 +132,32 @@ def test_a_file_cut_short_is_refused(registry: Any, saved: Path) -> None:
         load(registry, saved)
 
 
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.9])
+def test_a_bit_that_has_flipped_in_a_weight_is_noticed(
+    registry: Any, saved: Path, place: float
+) -> None:
+    path = saved / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    content[header + int(place * (len(content) - header))] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=r"its tensors are not those that were saved .sha256"):
+        load(registry, saved)
+
+
+def test_weights_that_came_without_a_digest_are_read(registry: Any, saved: Path) -> None:
+    change(saved)  # as earlier versions wrote them
+    assert load(registry, saved).strategy == "toy-both"
+
+
+def test_a_link_that_leads_nowhere_is_refused(registry: Any, saved: Path) -> None:
+    path = saved / "model.safetensors"
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(CheckpointError, match=r"model.safetensors' is a link .*: refused"):
+        load(registry, saved)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_link_out_of_the_folder_is_refused(registry: Any, saved: Path, name: str) -> None:
     outside = saved.parent / name

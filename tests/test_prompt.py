@@ -174,6 +174,13 @@ def test_a_template_that_refuses_says_so() -> None:
         Planner(tokenizer, template, Layout(), PromptConfig(system="system")).plan(Prompt.user("a"))
 
 
+def test_a_template_that_asks_too_much_of_its_sandbox_is_refused() -> None:
+    tokenizer = tiny_backbone().tokenizer
+    template = "{% for a in range(10**9) %}x{% endfor %}{{ messages[0]['content'] }}"
+    with pytest.raises(PromptError, match=r"refuses these turns: Range too big"):
+        Planner(tokenizer, template, Layout(), PromptConfig()).plan(Prompt.user("a"))
+
+
 def test_what_is_left_after_a_fed_prefix() -> None:
     plan = planner().plan(Prompt.user(PICTURE, "What?"))
     for cut in range(len(plan.entries) + 1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Literal, Self, TypeAlias
@@ -16,6 +15,7 @@ __all__ = ["Row", "Value", "median_interval"]
 Value: TypeAlias = str | bool | int | float | None
 
 CONFIDENCE = 0.95
+_OF = 10_000
 
 
 class Row(Config):
@@ -153,9 +153,10 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float]:
     """
     ordered = sorted(samples)
     n = len(ordered)
-    below, k = 0, 0
-    while 2 * (below + math.comb(n, k)) <= (1 - CONFIDENCE) * (1 << n):
-        below += math.comb(n, k)
+    below, ways, k = 0, 1, 0  # whole numbers: of thousands of samples, no float holds them
+    while 2 * (below + ways) * _OF <= round((1 - CONFIDENCE) * _OF) * (1 << n):
+        below += ways
+        ways = ways * (n - k) // (k + 1)
         k += 1
     k = max(k, 1)
     return ordered[k - 1], ordered[n - k]

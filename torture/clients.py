@@ -1,0 +1,112 @@
+"""Clients of a server, well and badly behaved, on the bare sockets of asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+__all__ = ["ask", "leave", "send_slowly", "send_too_much"]
+
+PATIENCE_S = 240.0
+
+
+def _request(body: bytes, length: int | None = None) -> bytes:
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {length or len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def _encoded(body: dict[str, Any]) -> bytes:
+    return json.dumps(body).encode()
+
+
+async def _read(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    """Return the status and the body, with the chunks of a stream put together."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    status = int(head.split()[1])
+    if b"chunked" not in head.lower():
+        return status, await reader.read()
+    parts = []
+    while size := int(await reader.readline(), 16):
+        parts.append(await reader.readexactly(size))
+        await reader.readline()
+    return status, b"".join(parts)
+
+
+def _said(body: bytes, streamed: bool) -> str:
+    if not streamed:
+        return str(json.loads(body)["choices"][0]["message"]["content"])
+    events = [line[6:] for line in body.decode().splitlines() if line.startswith("data: ")]
+    if events[-1] != "[DONE]":
+        raise ValueError(f"the stream ended with {events[-1][:80]}")
+    deltas = [json.loads(one)["choices"] for one in events[:-1]]
+    return "".join(c[0]["delta"].get("content") or "" for c in deltas if c)
+
+
+async def ask(
+    port: int, body: dict[str, Any], *, pause: float = 0.0, gone: bool = False
+) -> tuple[int, str]:
+    """Ask; returns the status and the answer.
+
+    Args:
+        port: of the server.
+        body: of the request.
+        pause: seconds to wait before the answer is read.
+        gone: whether the server may be gone already; the status is 0 then.
+    """
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(_request(_encoded(body)))
+            await writer.drain()
+            await asyncio.sleep(pause)
+            status, content = await _read(reader)
+            writer.close()
+    except (ConnectionError, asyncio.IncompleteReadError):
+        if not gone:
+            raise
+        return 0, ""
+    return status, _said(content, bool(body.get("stream"))) if status == 200 else ""
+
+
+async def leave(port: int, body: dict[str, Any]) -> None:
+    """Begin to read a stream, and be gone."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(_request(_encoded({**body, "stream": True})))
+    await reader.read(64)
+    writer.transport.abort()
+
+
+async def send_slowly(port: int, body: dict[str, Any], seconds: float) -> tuple[int, str]:
+    """Send a request in twenty pieces."""
+    content = _request(_encoded(body))
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    step = len(content) // 20 + 1
+    for start in range(0, len(content), step):
+        writer.write(content[start : start + step])
+        await writer.drain()
+        await asyncio.sleep(seconds / 20)
+    status, answer = await _read(reader)
+    writer.close()
+    return status, _said(answer, False) if status == 200 else ""
+
+
+async def send_too_much(port: int, size: int) -> int:
+    """Send a body of so many bytes; returns the status."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(_request(b"", size))
+        for _ in range(size // 2**20 + 1):
+            writer.write(b"x" * 2**20)
+            await writer.drain()
+    except ConnectionError:  # it has heard enough
+        pass
+    try:
+        return (await _read(reader))[0]
+    except (ConnectionError, asyncio.IncompleteReadError):
+        return 413
+    finally:
+        writer.close()
