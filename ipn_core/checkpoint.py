@@ -76,8 +76,9 @@ def save(
     config = {"format": FORMAT, **model.config.model_dump(mode="json", exclude_none=True)}
     folder.mkdir(parents=True, exist_ok=True)
     # Weights first: a config without weights is refused, weights without a config are not seen.
-    metadata = {"format": "pt", DIGEST: digest_of(state)}
-    atomic_write(folder / WEIGHTS, to_bytes(state, metadata=metadata))
+    # One entry alone: safetensors writes several in any order, and equal weights are equal files.
+    content = to_bytes(state, metadata={DIGEST: digest_of(state)})
+    atomic_write(folder / WEIGHTS, content)
     atomic_write(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
