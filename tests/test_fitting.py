@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from toys import LinearConnector, picture, toy_config
+from toys import LinearConnector, picture, toy_config, toy_registry
 
 from ipn_core.builtin.injectors import TokenInjector
 from ipn_core.builtin.prefix_kv import PrefixKV
@@ -45,7 +45,8 @@ class Plugin:
 
 
 @pytest.fixture(scope="module")
-def registry(registry: Registry) -> Registry:
+def registry() -> Registry:
+    registry = toy_registry()
     add_plugin(registry, "toy-fitting", Plugin())
     return registry
 

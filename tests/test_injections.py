@@ -9,7 +9,7 @@ import pytest
 import torch
 import two_pass
 from lessons import four_stages, lesson, metrics, said, stage, training
-from toys import FAMILIES, K, picture, prompt_of, toy_config, toy_model
+from toys import FAMILIES, K, picture, prompt_of, toy_config, toy_model, toy_registry
 from watching import check_against_two_passes, gradients, last_logits, seen_positions
 
 from ipn_core.backbone import Backbone
@@ -24,7 +24,7 @@ from ipn_core.errors import (
 )
 from ipn_core.hooks import hookimpl
 from ipn_core.model import IPN
-from ipn_core.plugins import add_plugin
+from ipn_core.plugins import Registry, add_plugin
 from ipn_core.prompt import Prompt
 from ipn_core.segments import lay_out
 from ipn_core.stages import Dims, Injection, LayerContext
@@ -68,7 +68,8 @@ class Plugin:
 
 
 @pytest.fixture(scope="module")
-def registry(registry: Any) -> Any:
+def registry() -> Registry:
+    registry = toy_registry()
     add_plugin(registry, "toy-injections", Plugin())
     return registry
 

@@ -11,14 +11,14 @@ import torch
 import two_pass
 from lessons import lesson, lesson_registry, metrics, said, stage, training
 from torch import nn
-from toys import FAMILIES, picture, prompt_of, toy_model
+from toys import FAMILIES, picture, prompt_of, toy_model, toy_registry
 from watching import check_loss, check_rows, gradients
 
 from ipn_core.builtin.injectors import TokenInjector
 from ipn_core.errors import ConfigError
 from ipn_core.hooks import hookimpl
 from ipn_core.model import IPN
-from ipn_core.plugins import add_plugin
+from ipn_core.plugins import Registry, add_plugin
 from ipn_core.prompt import Prompt
 from ipn_core.stages import LayerInjector
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
@@ -75,7 +75,8 @@ ALONE = {"inject": "toy-alone", "layout": {"rounds": 0, "dynamic": 0}}
 
 
 @pytest.fixture(scope="module")
-def registry(registry: Any) -> Any:
+def registry() -> Registry:
+    registry = toy_registry()
     add_plugin(registry, "toy-layers", LayersPlugin())
     return registry
 

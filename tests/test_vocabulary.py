@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toys import LinearConnector, picture, toy_config
+from toys import LinearConnector, picture, toy_config, toy_registry
 
 from ipn_core.fitting import declared, sizes
 from ipn_core.hooks import hookimpl
@@ -58,7 +58,8 @@ class Plugin:
 
 
 @pytest.fixture(scope="module")
-def registry(registry: Registry) -> Registry:
+def registry() -> Registry:
+    registry = toy_registry()
     add_plugin(registry, "toy-words", Plugin())
     return registry
 
