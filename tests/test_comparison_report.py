@@ -240,3 +240,11 @@ def test_what_is_kept_as_evidence_is_the_report_without_weights(
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"has no report.md, report.html, results.csv: finish"):
         keep(tmp_path / "empty", into)
+
+
+def test_the_readme_shows_the_summary_of_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.evidence import EVIDENCE, SECTION, summary
+    from benchmarks.pages import held
+
+    assert held(ROOT / "README.md", SECTION) == summary(EVIDENCE, ROOT)

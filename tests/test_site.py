@@ -16,7 +16,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-PAGES = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
+PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
 OTHERS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
 OTHERS += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("plugins/*/*.md"))
 OTHERS += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("backbones/*/*.md"))
