@@ -111,8 +111,8 @@ def test_a_message_near_a_word_is_handed_on_as_that_word() -> None:
     torch.manual_seed(0)
     words = torch.randn(500, 64) * torch.rand(500, 1).exp() + 3
     lookup = WordLookup(64, 30.0)
-    lookup.begin(words)
     mean = words.mean(0)
+    lookup.begin(mean, (words - mean).norm(dim=1))
     directions = torch.nn.functional.normalize(words - mean, dim=1)
     noise = torch.nn.functional.normalize(torch.randn(500, 64), dim=1)
     messages = (7 * (directions + 0.8 * noise)).unsqueeze(0).requires_grad_()

@@ -15,7 +15,7 @@ from ipn_core.comparison.job import Job
 pytestmark = pytest.mark.slow
 
 LESSONS = "from lessons import LessonPlugin\n\nregister = LessonPlugin().register\n"
-POINTS = "[ipn]\ntiny = ipn_core.testing.plugin\nlessons = ipn_lessons\n"
+POINTS = "tiny = ipn_core.testing.plugin\nlessons = ipn_lessons"
 ALONE = """
 import sys
 from pathlib import Path
@@ -31,10 +31,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environmen
     """One with ray, where the tiny components and the task `colours` are an installed plugin."""
     folder = tmp_path_factory.mktemp("ray")
     with environment_with(folder / "venv", "ray", ["ray"]) as made:
-        about = made.site / "ipn_lessons-1.0.dist-info"
-        about.mkdir()
-        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: ipn-lessons\nVersion: 1.0\n")
-        (about / "entry_points.txt").write_text(POINTS)
+        made.declare("ipn-lessons", POINTS)
         (made.site / "ipn_lessons.py").write_text(LESSONS)
         (made.site / "support.pth").write_text(f"{Path(__file__).parent / 'support'}\n")
         # Ray writes into the home folder.

@@ -85,13 +85,14 @@ class TokenInjector(Injector):
     @torch.no_grad()
     def begin(self, embeddings: Tensor) -> None:
         """With `start: words`, begin as the identity among the LLM's embeddings."""
+        if self.config.start == "random" and self.lookup is None:
+            return
+        mean, lengths = _measured(embeddings)
         if self.lookup is not None:
-            self.lookup.begin(embeddings)
+            self.lookup.begin(mean, lengths)
         if self.config.start == "random":
             return
-        words = embeddings.float().cpu()
-        mean = words.mean(0)
-        length = (words - mean).norm(dim=1).mean()
+        length = lengths.mean()
         if self.config.norm:  # of a vector that it has normed
             length = length / self.dims.Dm**0.5
         self.linear.weight.copy_(torch.eye(self.dims.D_in) * length)
@@ -122,6 +123,13 @@ class TokenInjector(Injector):
         return f"Dm={self.dims.Dm}, D_in={self.dims.D_in}"
 
 
+def _measured(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean (D_in,) of words (vocabulary, D_in), and how far each lies from it."""
+    words = embeddings.float().cpu()
+    mean = words.mean(0)
+    return mean, (words - mean).norm(dim=1)
+
+
 class WordLookup(nn.Module):
     """Messages become mixtures of the LLM's words: attention over its input embeddings.
 
@@ -139,13 +147,11 @@ class WordLookup(nn.Module):
         self.register_buffer("mean", torch.zeros(width), persistent=False)
         self.register_buffer("lengths", torch.ones(1), persistent=False)
 
-    def begin(self, embeddings: Tensor) -> None:
-        """Measure the words (vocabulary, D_in) once."""
-        words = embeddings.float().cpu()
-        mean = words.mean(0)
-        # Rows that were never trained may all be alike: they are no direction, and stay away.
-        self.lengths = (words - mean).norm(dim=1).clamp(min=1e-6)
+    def begin(self, mean: Tensor, lengths: Tensor) -> None:
+        """Take the mean word, and how far each word lies from it."""
         self.mean = mean
+        # Rows that were never trained may all be alike: they are no direction, and stay away.
+        self.lengths = lengths.clamp(min=1e-6)
 
     def forward(self, values: Tensor, words: Tensor) -> Tensor:
         """Return the direction from the mean word (B, M, D_in) of what values (B, M, D_in) are."""

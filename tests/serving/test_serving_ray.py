@@ -34,10 +34,7 @@ TOKENS = 8
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
     folder = tmp_path_factory.mktemp("ray")
     with environment_with(folder / "venv", "ray.serve", ["ray[serve]>=2.46"]) as made:
-        about = made.site / "ipn_tiny-1.0.dist-info"
-        about.mkdir()
-        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: ipn-tiny\nVersion: 1.0\n")
-        (about / "entry_points.txt").write_text("[ipn]\ntiny = ipn_core.testing.plugin\n")
+        made.declare("ipn-tiny", "tiny = ipn_core.testing.plugin")
         made.settings |= {"HOME": str(folder), "OMP_NUM_THREADS": "1"}
         made.settings["RAY_USAGE_STATS_ENABLED"] = "0"
         yield made

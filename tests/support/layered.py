@@ -48,6 +48,18 @@ class Environment:
     def pip(self, *words: str) -> str:
         return self.run("-m", "pip", "--disable-pip-version-check", *words)
 
+    def declare(self, name: str, points: str) -> None:
+        """Let a plugin be installed as far as its name, its version and its entry points go.
+
+        Args:
+            name: of the distribution, such as "ipn-mine".
+            points: lines `name = module`, of the group of plugins.
+        """
+        about = self.site / f"{name.replace('-', '_')}-1.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(f"[ipn]\n{points}\n")
+
     def ipn(self, *words: str) -> str:
         code = "import sys; from ipn_core.cli import main; sys.exit(main(sys.argv[1:]))"
         return self.run("-c", code, *words)
