@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ipn_core.config import IPNConfig
 from ipn_core.errors import CheckpointError, ConfigError, near
-from ipn_core.files import atomic_write
+from ipn_core.files import atomic_write, sha256_of
 from ipn_core.importing import Imported, find_import, readers
 from ipn_core.locate import PICKLES, locate_model
 from ipn_core.plugins import Registry, get_registry
@@ -37,6 +38,7 @@ __all__ = [
     "INDEX",
     "WEIGHTS",
     "Source",
+    "config_path",
     "load",
     "load_state",
     "open_source",
@@ -47,8 +49,10 @@ __all__ = [
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+STAGED = "config.next.json"
 INDEX = "models.json"
-DIGEST = "sha256"
+SEAL = "ipn"
+"""The entry of the weights' header: sha256 of their `tensors`, and of the `config` they go with."""
 FORMAT = 1
 """Version of the folder's format, in `config.json`."""
 
@@ -59,7 +63,10 @@ def save(
     dtype: torch.dtype | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint, each file atomically.
+    """Write a checkpoint, so that whoever reads the folder finds the old one or the new one.
+
+    What makes it the new one is the replacement of its weights, which name their config by its
+    digest; a new config waits beside the old one until then.
 
     Args:
         model: what to save.
@@ -74,12 +81,23 @@ def save(
         for k, v in (weights or model.trained_state()).items()
     }
     config = {"format": FORMAT, **model.config.model_dump(mode="json", exclude_none=True)}
-    folder.mkdir(parents=True, exist_ok=True)
-    # Weights first: a config without weights is refused, weights without a config are not seen.
+    text = (json.dumps(config, indent=2) + "\n").encode()
     # One entry alone: safetensors writes several in any order, and equal weights are equal files.
-    content = to_bytes(state, metadata={DIGEST: digest_of(state)})
-    atomic_write(folder / WEIGHTS, content)
-    atomic_write(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    seal = {"tensors": _digest_of(state), "config": hashlib.sha256(text).hexdigest()}
+    content = to_bytes(state, metadata={SEAL: json.dumps(seal)})
+    folder.mkdir(parents=True, exist_ok=True)
+    path, staged = folder / CONFIG, folder / STAGED
+    if config_path(folder) == staged:  # a save before was killed
+        os.replace(staged, path)
+    if not path.is_file() or path.read_bytes() != text:
+        atomic_write(staged, text)
+    try:
+        atomic_write(folder / WEIGHTS, content)
+    finally:
+        if config_path(folder) == staged:
+            os.replace(staged, path)
+        else:
+            staged.unlink(missing_ok=True)
 
 
 def load(
@@ -232,8 +250,8 @@ def strategies_of(
             )
         ordered = [default, *(n for n in names if n != default)]
         return {n: _inside(folder, folder / n) for n in ordered}
-    if (folder / CONFIG).is_file():
-        content = _read_json(folder / CONFIG)
+    if (path := config_path(folder)).is_file():
+        content = _read_json(path)
         if "architectures" in content:
             raise _foreign(name or str(folder), content, registry or get_registry())
         interact = content.get("interact")
@@ -269,7 +287,7 @@ def _foreign(name: str, content: Mapping[str, Any], registry: Registry) -> Check
 
 def read_config(folder: Path) -> IPNConfig:
     """Read and validate a checkpoint's config."""
-    path = folder / CONFIG
+    path = config_path(folder)
     content = _read_json(_inside(folder, path))
     version = content.pop("format", None)
     if version != FORMAT:
@@ -289,7 +307,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is missing, damaged, or no safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     _inside(path.parent, path)
@@ -303,25 +321,51 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"no such file: '{path}' ({hint}). Save the model again.")
     try:
         state = load_file(path)
-        with safe_open(path, "pt") as file:
-            promised = (file.metadata() or {}).get(DIGEST)
+        promised = _seal_of(path).get("tensors")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"'{path}' is damaged or no safetensors file ({error}). Fetch or save it again."
         ) from None
-    if promised is not None and promised != digest_of(state):
+    if promised is not None and promised != _digest_of(state):
         raise CheckpointError(
-            f"'{path}' is damaged: its tensors are not those that were saved ({DIGEST}). "
+            f"'{path}' is damaged: its tensors are not those that were saved (sha256). "
             "Fetch or save it again."
         )
     return state
 
 
-def digest_of(state: Mapping[str, Tensor]) -> str:
+def config_path(folder: Path) -> Path:
+    """Return where the config of a checkpoint lies: the one that its weights were saved with.
+
+    That is `config.json`, unless a save was killed between replacing the weights and this.
+    """
+    from safetensors import SafetensorError
+
+    path, staged = folder / CONFIG, folder / STAGED
+    if not staged.is_file():
+        return path
+    try:
+        named = _seal_of(folder / WEIGHTS).get("config")
+        return staged if named == sha256_of(staged) else path
+    except (SafetensorError, OSError, ValueError):
+        return path
+
+
+def _seal_of(weights: Path) -> dict[str, str]:
+    """Return the digests in a safetensors file's header; earlier versions wrote none."""
+    from safetensors import safe_open
+
+    with safe_open(weights, "pt") as file:
+        seal = json.loads((file.metadata() or {}).get(SEAL, "{}"))
+    if not isinstance(seal, dict):
+        raise ValueError(f"its header's entry {SEAL!r} is no object")
+    return seal
+
+
+def _digest_of(state: Mapping[str, Tensor]) -> str:
     """Return the hexadecimal sha256 of tensors, their names, types and shapes.
 
-    It lies in the weights' own file, so that the two are written at once. Earlier versions wrote
-    none; safetensors itself notices damage of its header alone.
+    safetensors itself notices damage of its header alone.
     """
     digest = hashlib.sha256()
     for name in sorted(state):

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ipn_core.checkpoint import CONFIG, WEIGHTS, strategies_of
+from ipn_core.checkpoint import CONFIG, WEIGHTS, config_path, strategies_of
 from ipn_core.errors import IPNError, UserError, first_line
 
 __all__ = ["model_card", "push"]
@@ -68,7 +68,8 @@ def model_card(folder: Path, repository: str) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    config = json.loads((next(iter(strategies_of(folder).values())) / CONFIG).read_text("utf-8"))
+    path = config_path(next(iter(strategies_of(folder).values())))
+    config = json.loads(path.read_text("utf-8"))
     base = config.get("backbone", {}).get("weights")
     data = ModelCardData(
         library_name="ipn-core",

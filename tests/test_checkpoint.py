@@ -20,6 +20,10 @@ from ipn_core.model import IPN
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
 
 
+class KilledHere(BaseException):
+    """Where a process would have ended."""
+
+
 @pytest.fixture
 def saved(registry: Any, tmp_path: Path) -> Path:
     toy_model(registry, "toy-both").save_pretrained(tmp_path / "model")
@@ -176,6 +180,56 @@ def test_the_hubs_links_to_its_own_blobs_are_followed(registry: Any, saved: Path
         file.rename(blobs / file.name)
         (snapshot / file.name).symlink_to(blobs / file.name)
     assert load(registry, snapshot).strategy == "toy-both"
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_a_save_of_another_strategy_that_ends_anywhere_leaves_one_of_the_two(
+    registry: Any, saved: Path, done: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`done` of the three replacements: the new config beside the old, the weights, the config."""
+    replaced, rename = [], os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if len(replaced) == done:
+            raise KilledHere
+        replaced.append(Path(target).name)
+        rename(source, target)
+
+    old = load(registry, saved)
+    new = toy_model(registry, "toy-static", seed=5)
+    monkeypatch.setattr(os, "replace", replace)
+    if done < 3:
+        with pytest.raises(KilledHere):
+            new.save_pretrained(saved)
+    else:
+        new.save_pretrained(saved)
+    monkeypatch.undo()
+
+    assert replaced == ["config.next.json", "model.safetensors", "config.json"][:done]
+    found, there = load(registry, saved), old if done < 2 else new
+    assert found.config == there.config
+    mine, theirs = there.trained_state(), found.trained_state()
+    assert list(mine) == list(theirs)
+    assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+    with monkeypatch.context() as patch:  # and the next save ends before its weights are there
+        done = 1
+        replaced.clear()
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KilledHere):
+            toy_model(registry, "tiny-look", seed=6).save_pretrained(saved)
+    assert load(registry, saved).config == there.config
+
+    old.save_pretrained(saved)
+    assert load(registry, saved).config == old.config
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_config_changed_by_hand_is_read(registry: Any, saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["prompt"]["system"] = "Be brief."
+    (saved / "config.json").write_text(json.dumps(config))
+    assert load(registry, saved).config.prompt.system == "Be brief."
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
