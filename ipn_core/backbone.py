@@ -251,7 +251,9 @@ class Backbone(nn.Module):
         """Return an empty key-value cache for this model."""
         from transformers import DynamicCache
 
-        return DynamicCache(config=self.lm.config)
+        from ipn_core.growing_cache import growing
+
+        return growing(DynamicCache(config=self.lm.config))
 
     @property
     def shares(self) -> bool:

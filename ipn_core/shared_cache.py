@@ -22,6 +22,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ipn_core.growing_cache import GrowingLayer
+
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
@@ -32,9 +34,6 @@ NAME = "ipn-shared"
 
 WORTH_STORING_ONCE = 2048
 """Positions that are not copied, from which on reading in pieces pays."""
-
-WORTH_READING_APART = 512
-"""Positions of a single row from which on a fork reads in pieces what it does not then copy."""
 
 LARGEST_SCORES = 1 << 26
 """Scores that are held at once; with more, the queries are run in parts."""
@@ -89,6 +88,7 @@ class SharedLayer(DynamicLayer):
             layer: is left as it is.
             rows: which of its rows each of the new ones has.
         """
+        layer = _forked(layer)
         earlier = layer.beginnings if isinstance(layer, SharedLayer) else ()
         keys, values = layer.keys, layer.values
         assert keys is not None
@@ -148,7 +148,7 @@ def share(cache: Cache, rows: Sequence[int]) -> None:
     """Let rows go on from what a cache holds, storing it once.
 
     Args:
-        cache: of `DynamicLayer`s.
+        cache: of layers that keep every position.
         rows: which of its rows each of the new ones goes on from.
     """
     cache.layers[:] = [SharedLayer.of(layer, rows) for layer in _plain(cache)]
@@ -160,20 +160,19 @@ def worth_sharing(cache: Cache, rows: Sequence[int]) -> bool:
     return saved >= WORTH_STORING_ONCE and _can_share(cache)
 
 
-def worth_reading_apart(cache: Cache) -> bool:
-    """Whether what lies in a cache is better read apart than copied for every new token."""
-    return int(cache.get_seq_length()) >= WORTH_READING_APART and _can_share(cache)
-
-
 def fork(cache: Cache) -> Cache | None:
     """Return a cache that grows without touching the original's; None where that takes a copy."""
     layers = _plain(cache)
     if len(layers) < len(cache.layers):
         return None
     fresh = copy.copy(cache)
-    # A `DynamicLayer` never writes into its tensors: it replaces them.
-    fresh.layers = [copy.copy(layer) for layer in layers]
+    fresh.layers = [_forked(layer) for layer in layers]
     return fresh
+
+
+def _forked(layer: DynamicLayer) -> DynamicLayer:
+    # A `DynamicLayer` never writes into its tensors: it replaces them.
+    return layer.fork() if isinstance(layer, GrowingLayer) else copy.copy(layer)
 
 
 def _can_share(cache: Cache) -> bool:
@@ -182,7 +181,7 @@ def _can_share(cache: Cache) -> bool:
 
 def _plain(cache: Cache) -> list[DynamicLayer]:
     found: list[Any] = cache.layers
-    return [layer for layer in found if type(layer) in (DynamicLayer, SharedLayer)]
+    return [layer for layer in found if type(layer) in (DynamicLayer, GrowingLayer, SharedLayer)]
 
 
 # -- attention -------------------------------------------------------------------------------------

@@ -85,25 +85,24 @@ class State:
                 layer.batch_select_indices(index.to(layer.keys.device))
         self.mask = self.mask[index]
 
-    def fork(self, share: bool = False) -> State:
-        """Return a state that goes on from this one and leaves it as it is.
-
-        Args:
-            share: whether what lies in the cache may be shared with the original; the cache then
-                need not hold it once more as it grows.
-        """
+    def fork(self) -> State:
+        """Return a state that goes on from this one and leaves it as it is."""
         from ipn_core import shared_cache
 
         fresh = copy.copy(self)
         fresh.cache = shared_cache.fork(self.cache) or copy.deepcopy(self.cache)
-        if share and shared_cache.worth_reading_apart(fresh.cache):
-            shared_cache.share(fresh.cache, range(len(self.mask)))
         fresh.lengths = list(self.lengths)
         fresh.pictures = [list(p) for p in self.pictures]
         fresh.told = [list(t) for t in self.told]
         fresh.looks = []
         fresh.counts = [TokenCounts() for _ in self.counts]
         return fresh
+
+    def end(self, length: int) -> None:
+        """Leave the room behind the first `length` positions to the next fork; use this no more."""
+        from ipn_core.growing_cache import give_back
+
+        give_back(self.cache, length)
 
     def remember(
         self, rows: Sequence[int], keys: Tensor, values: Tensor, backbone: Backbone

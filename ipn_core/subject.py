@@ -68,10 +68,13 @@ class Subject:
         rest = None if self._state is None else plan.after(self._fed)
         if rest is None or self._state is None:
             # Nothing is kept, or the tokenizer joins the first word to what stands before it.
-            rest, state = plan, None
-        else:
-            state = self._state.fork(share=self.model.backbone.shares)
-        answers, _, _ = decode(self.model, [rest], percept, options, clock, state=state)
+            answers, _, _ = decode(self.model, [plan], percept, options, clock)
+            return answers[0]
+        state = self._state.fork()
+        try:
+            answers, _, _ = decode(self.model, [rest], percept, options, clock, state=state)
+        finally:
+            state.end(self.prefilled)
         return answers[0]
 
     def _plan(self, question: str) -> Plan:

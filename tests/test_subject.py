@@ -9,7 +9,6 @@ import torch
 from toys import LinearConnector, picture, toy_model, toy_registry
 from watching import seen_positions
 
-from ipn_core import shared_cache
 from ipn_core.errors import PromptError
 from ipn_core.hooks import hookimpl
 from ipn_core.plugins import Registry, add_plugin
@@ -18,7 +17,6 @@ QUESTIONS = ("What is it?", "And where, if anywhere at all, is the dog?", "Who?"
 IMAGES = [picture(1, (48, 24)), picture(2, (24, 48))]
 
 
-@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("strategy", ["static", "toy-both", "tiny-look"])
 @pytest.mark.parametrize("family", ["llama-gqa", "opt"])
@@ -27,10 +25,7 @@ def test_every_question_is_answered_as_if_it_were_the_only_one(
     family: str,
     strategy: str,
     images: int,
-    apart: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shared_cache, "WORTH_READING_APART", 1 if apart else 1 << 30)
     model = toy_model(registry, strategy, family, prompt={"system": "Answer me in one word."})
     about = model.about(IMAGES[:images])
     for question in QUESTIONS:
