@@ -328,17 +328,22 @@ class VisualFeatures:
         self, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> VisualFeatures:
         """Return the same features on another device or in another dtype."""
-        tokens = self.global_tokens
-        if (device or self.values.device, dtype or self.values.dtype) == (
-            self.values.device,
-            self.values.dtype,
-        ):
+        device, dtype = device or self.values.device, dtype or self.values.dtype
+        if (device, dtype) == (self.values.device, self.values.dtype):
             return self
+        tokens = self.global_tokens
         return replace(
             self,
-            values=self.values.to(device=device, dtype=dtype),
-            global_tokens=None if tokens is None else tokens.to(device=device, dtype=dtype),
+            values=_moved(self.values, device, dtype),
+            global_tokens=None if tokens is None else _moved(tokens, device, dtype),
         )
+
+
+def _moved(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if device.type == "cuda" and values.device.type == "cpu":
+        # From pinned memory a GPU fetches them by itself, when it comes to it.
+        return values.pin_memory().to(device=device, dtype=dtype, non_blocking=True)
+    return values.to(device=device, dtype=dtype)
 
 
 def _look_at_chosen(

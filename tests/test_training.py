@@ -29,6 +29,7 @@ from ipn_core.tasks import open_task
 from ipn_core.testing.checkpoints import register_tiny
 from ipn_core.testing.tiny import tiny_backbone
 from ipn_core.training.config import StageConfig
+from ipn_core.training.guards import Pinned
 from ipn_core.training.loop import StageRun, learning_rate
 from ipn_core.training.run import read_config, train
 
@@ -134,6 +135,34 @@ def test_some_weights_begin_anew_all_the_same(llm: Path, tmp_path: Path) -> None
     assert second.keys() - kept == new
     with pytest.raises(ConfigError, match=r"'interact\.query' names nothing"):
         training({**values, "anew": ["interact.query"]}, tmp_path / "third").run()
+
+
+def test_the_next_batch_is_there_before_the_losses_of_a_step_are_read(
+    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[tuple[str, int]] = []
+    batches, check = StageRun._batches, Pinned.check
+
+    def made(self: StageRun, step: int) -> Any:
+        happened.append(("made", step))
+        return batches(self, step)
+
+    def read(self: Pinned, losses: Any) -> None:
+        happened.append(("read", sum(kind == "read" for kind, _ in happened)))
+        check(self, losses)
+
+    monkeypatch.setattr(StageRun, "_batches", made)
+    monkeypatch.setattr(Pinned, "check", read)
+    training(lesson(llm, stage("s", "language", steps=3)), tmp_path / "run").run()
+    assert happened == [
+        ("made", 0),  # to check the stage
+        ("made", 0),
+        ("made", 1),
+        ("read", 0),
+        ("made", 2),
+        ("read", 1),
+        ("read", 2),
+    ]
 
 
 def test_accumulated_batches_give_the_gradient_of_one_large_batch(

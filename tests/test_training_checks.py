@@ -190,7 +190,7 @@ def test_labels_and_gradients_of_the_first_batch_are_told(
     one = stage("s", JOINT, train=["interact", "inject", "slots.dynamic"], steps=1)
     run = training(lesson(llm, one), tmp_path / "run")
     run.run()
-    batch, model = runs[0]._batches()[0], runs[0].model
+    batch, model = runs[0]._batches(0)[0], runs[0].model
     plans = [model.planner.plan(prompt) for prompt in batch.prompts(model)]
     learned = [p for plan in plans for p in plan.pieces if isinstance(p, Tokens) and p.learn]
     tokens = sum(len(piece.ids) for piece in learned)

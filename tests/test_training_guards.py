@@ -229,4 +229,5 @@ def test_features_that_are_not_finite_are_named_by_their_question(
         lambda _: monkeypatch.setattr("ipn_core.training.loop.make_batch", spoiled),
     )
     text = stopped(values, tmp_path / "later", TrainingError)
-    assert re.search(rf"step 2: {bad}, and so the loss 'language', is not finite", text)
+    # The batch of step 2 is there before it begins.
+    assert re.search(rf"step 3: {bad}, and so the loss 'language', is not finite", text)

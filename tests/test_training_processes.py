@@ -112,10 +112,10 @@ def test_the_shares_of_a_step_add_up_to_it(
             (total / len(batches)).backward()
         return {k: p.grad.clone() for k, p in run.trained.items() if p.grad is not None}
 
-    whole = gradients(run._batches(), [{}])
+    whole = gradients(run._batches(run.step), [{}])
     batches = []
     for run.accelerator in shares:
-        batches += run._batches()
+        batches += run._batches(run.step)
     assert sorted(row for batch in batches for row in batch.mine) == [*range(len(batches[0].step))]
     assert len({len(batch.examples) for batch in batches}) > 1
     counts = [[o.labels(batch) for o in run._terms] for batch in batches]

@@ -123,6 +123,7 @@ class StageRun:
         self.accelerator = accelerator
         self.seed = seed
         self.step = 0
+        self._ready: list[Batch] | None = None
         self.pinned = Pinned()
         self.trained = choose(model, stage.train, stage.freeze)
         objectives = build_objectives(stage, model, data, registry)
@@ -212,7 +213,7 @@ class StageRun:
                 no gradient; the text names it.
         """
         with torch.random.fork_rng():
-            batches = self._batches()
+            batches = self._batches(self.step)
             offered = self._offered(batches)
             with awake(self.trained):
                 self._backward(self._to_device(batches[0]))
@@ -288,33 +289,38 @@ class StageRun:
         rate = learning_rate(self.stage, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        totals: dict[str, float] = {}
-        batches = self._batches()
+        parts: list[dict[str, Tensor]] = []
+        batches = self._ready or self._batches(self.step)
         count = len(batches[0].step)
         for batch, share in zip(batches, self._shares(batches), strict=True):
             last = batch is batches[-1]
             waiting = contextlib.nullcontext() if last else self.accelerator.no_sync(self.losses)
             with waiting:
-                total, parts = self._losses(self._to_device(batch), share)
+                total, terms = self._losses(self._to_device(batch), share)
                 self.accelerator.backward(total / self.stage.accumulate)
-            for name, value in {"loss": total.detach(), **parts}.items():
-                totals[name] = totals.get(name, 0.0) + float(value) / self.stage.accumulate
+            parts.append({"loss": total.detach(), **terms})
+        # A GPU still works on these, until their losses are read.
+        self._ready = None if self.step + 1 == self.stage.steps else self._batches(self.step + 1)
+        totals = {
+            name: sum(float(part[name]) / self.stage.accumulate for part in parts)
+            for name in parts[0]
+        }
         if self.accelerator.num_processes > 1:
             means = torch.tensor(list(totals.values()), device=self.accelerator.device)
             totals = dict(zip(totals, self.accelerator.reduce(means, "mean").tolist(), strict=True))
-        terms = {name: value for name, value in totals.items() if name != "loss"}
+        losses = {name: value for name, value in totals.items() if name != "loss"}
         whole_norm = self._norm()
         norm = float(gathered(whole_norm))
         # In fp16 the loss scaler skips a step whose gradients overflow.
         scaled = self.accelerator.scaler is not None
         if not math.isfinite(totals["loss"]) or not (scaled or math.isfinite(norm)):
-            bad = first_bad(self.trained, terms, lambda: self._first_not_finite(batches))
+            bad = first_bad(self.trained, losses, lambda: self._first_not_finite(batches))
             bad = bad or "the norm of the gradient"
             raise TrainingError(
                 f"stage '{self.stage.name}', step {self.step + 1}: {bad} is not finite. The last "
                 "saved state is intact; lower 'lr' or use precision fp32, and --resume."
             )
-        self.pinned.check(terms)
+        self.pinned.check(losses)
         nn.utils.clip_grads_with_norm_(self.trained.values(), self.stage.clip, whole_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -377,10 +383,10 @@ class StageRun:
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
 
-    def _batches(self) -> list[Batch]:
+    def _batches(self, step: int) -> list[Batch]:
         """Return this process's share of a step, on the CPU: a batch for each accumulated part."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        first = self.step * self.stage.accumulate
+        first = step * self.stage.accumulate
         parts = [self.sampler.groups(first + part) for part in range(self.stage.accumulate)]
         for later in range(self.stage.accumulate):
             self.sampler.ahead(first + self.stage.accumulate + later)
@@ -393,7 +399,7 @@ class StageRun:
             some = make_batch([drawn[i] for i in indices], self.cache, None)
             return self._to_device(some).features
 
-        whole = Whole([data.examples[i] for data, i in drawn], features, self._noise(0))
+        whole = Whole([data.examples[i] for data, i in drawn], features, self._noise(step, 0))
         starts = [0, *accumulate(len(group) for group in groups)]
         batches, at = [], 0
         for part in parts:
@@ -418,9 +424,9 @@ class StageRun:
 
     def _seed(self) -> None:
         """Let all noise of a step follow from seed, stage, step and process."""
-        torch.manual_seed(self._noise(self.accelerator.process_index))
+        torch.manual_seed(self._noise(self.step, self.accelerator.process_index))
 
-    def _noise(self, process: int) -> int:
-        where = (self.seed, self.stage.name, self.step, process)
+    def _noise(self, step: int, process: int) -> int:
+        where = (self.seed, self.stage.name, step, process)
         digest = hashlib.sha256(repr(where).encode()).digest()
         return int.from_bytes(digest[:7], "big")
