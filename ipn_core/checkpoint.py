@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ipn_core.config import IPNConfig
 from ipn_core.errors import CheckpointError, ConfigError, near
-from ipn_core.files import atomic_write, sha256_of
+from ipn_core.files import atomic_write, make_folder, sha256_of
 from ipn_core.importing import Imported, find_import, readers
 from ipn_core.locate import PICKLES, locate_model
 from ipn_core.plugins import Registry, get_registry
@@ -85,7 +85,7 @@ def save(
     # One entry alone: safetensors writes several in any order, and equal weights are equal files.
     seal = {"tensors": _digest_of(state), "config": hashlib.sha256(text).hexdigest()}
     content = to_bytes(state, metadata={SEAL: json.dumps(seal)})
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path, staged = folder / CONFIG, folder / STAGED
     if config_path(folder) == staged:  # a save before was killed
         os.replace(staged, path)

@@ -17,7 +17,15 @@ from typing import BinaryIO
 
 from ipn_core.errors import IPNError
 
-__all__ = ["atomic_folder", "atomic_write", "claim", "lock", "remove_unfinished", "sha256_of"]
+__all__ = [
+    "atomic_folder",
+    "atomic_write",
+    "claim",
+    "lock",
+    "make_folder",
+    "remove_unfinished",
+    "sha256_of",
+]
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _POLL_S = 0.1
@@ -56,6 +64,18 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path],
         raise IPNError(_refusal(path, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder, and those that it lies in, unless it is there.
+
+    Raises:
+        IPNError: the system refused.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IPNError(_refusal(path, error)) from error
 
 
 def remove_unfinished(folder: str | os.PathLike[str]) -> None:

@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 from ipn_core.errors import IPNError
-from ipn_core.files import atomic_folder, atomic_write, lock, remove_unfinished, sha256_of
+from ipn_core.files import (
+    atomic_folder,
+    atomic_write,
+    lock,
+    make_folder,
+    remove_unfinished,
+    sha256_of,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -163,3 +170,12 @@ def test_a_lock_excludes_other_processes_and_dies_with_its_holder(tmp_path: Path
 def test_the_digest_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_of(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(IPNError, match=r"cannot write '.*c': Not a directory.*you may write to"):
+        make_folder(tmp_path / "file" / "c")

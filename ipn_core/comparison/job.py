@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ipn_core.comparison.config import EvaluationConfig
 from ipn_core.errors import CheckpointError, ConfigError
 from ipn_core.evaluation.evaluate import evaluate
-from ipn_core.files import atomic_write, lock, remove_unfinished
+from ipn_core.files import atomic_write, lock, make_folder, remove_unfinished
 from ipn_core.memory import keep_freed_memory
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry, get_registry
@@ -99,7 +99,7 @@ class Job:
 
     def write(self) -> None:
         """Write it down, for a process to read and for a later call to compare with."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         values = {k: v for k, v in asdict(self).items() if k != "folder"}  # it may be moved
         atomic_write(self.path, (json.dumps(values, indent=1) + "\n").encode())
 

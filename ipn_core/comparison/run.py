@@ -26,7 +26,7 @@ from ipn_core.comparison.report import write_report
 from ipn_core.comparison.results import Results
 from ipn_core.comparison.timing import first_token
 from ipn_core.errors import CheckpointError, ConfigError, DataError, TrainingError
-from ipn_core.files import atomic_write, remove_unfinished
+from ipn_core.files import atomic_write, make_folder, remove_unfinished
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry, get_registry
 from ipn_core.tasks import open_task
@@ -130,7 +130,7 @@ class Comparison:
         maker = Arms(self.config, self.registry)
         arms = maker.make()
         self._note_arms(arms)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         remove_unfinished(self.folder)
         self._write_plan()
         jobs = [job for arm in arms for job in self._jobs(arm)]

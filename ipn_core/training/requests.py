@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ipn_core.files import atomic_write
+from ipn_core.files import atomic_write, make_folder
 from ipn_core.prefixes import changing_reasons
 from ipn_core.stages import Connector
 from ipn_core.tasks import Example
@@ -203,7 +203,7 @@ class RequestCache:
         hidden = self._compute(examples, look, features, report)
         from safetensors.torch import save
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         atomic_write(path, save({"hidden": hidden}))
         return hidden
 

@@ -19,7 +19,7 @@ from torch import nn
 from ipn_core.checkpoint import open_source, save
 from ipn_core.config import load_yaml
 from ipn_core.errors import ConfigError
-from ipn_core.files import atomic_write, remove_unfinished
+from ipn_core.files import atomic_write, make_folder, remove_unfinished
 from ipn_core.plugins import Registry, get_registry
 from ipn_core.training.checks import FrozenBackbone, check_stages
 from ipn_core.training.config import TrainConfig
@@ -170,7 +170,7 @@ class Training:
             self._note(self._hint)
         frozen = FrozenBackbone(model)
         self._encode([*data, *validation], model)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         if accelerator.is_main_process:
             remove_unfinished(self.folder)
             text = json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n"

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ipn_core.errors import ConfigError
-from ipn_core.files import atomic_write, claim, lock, remove_unfinished
+from ipn_core.files import atomic_write, claim, lock, make_folder, remove_unfinished
 from ipn_core.stages import EncodedImage
 from ipn_core.training.first_cache import FirstCache
 
@@ -158,7 +158,7 @@ class Shards:
         labels = {key: entry.label(key) for key, entry in entries.items()}
         content = save({key: entry.values for key, entry in entries.items()}, metadata=labels)
         keys = hashlib.sha256("\n".join(sorted(entries)).encode()).hexdigest()[:32]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with lock(self._room):
             remove_unfinished(self.folder)  # nobody else is writing now
             if not self._make_room(len(content)):
