@@ -24,7 +24,9 @@ def _largest_difference(model: IPN, prompts: list[Any]) -> float:
     logits, real = last_logits(model, prompts)
     for row, prompt in enumerate(prompts):
         alone, mine = last_logits(model, [prompt])
-        expected, found = alone[0][mine[0]], logits[row][real[row]]
+        # Where a segment begins depends on the batch; all end with the prompt.
+        both = alone[0][mine[0]], logits[row][real[row]]
+        expected, found = (one[-min(map(len, both)) :] for one in both)
         difference = (found - expected).abs().max() / expected.abs().max()
         worst = max(worst, float(difference))
     return worst
