@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ipn_core.answer import Answer, Answers, Asked
 from ipn_core.errors import GenerationOptionError
+from ipn_core.finite import FiniteLogits, origin
 from ipn_core.generation import check_options, prompt_processors, repeats_of, with_config
 from ipn_core.look_again import HeldStreamer, Watch, refuse_options
 from ipn_core.plan import Plan
@@ -107,8 +108,10 @@ def _generate(
     # `generate` reads only the length of what the cache holds; the embeddings there are not used.
     held = prefix.embeds.new_zeros(rows, state.length, prefix.embeds.shape[2])
     mask = torch.cat([state.mask, prefix.mask], dim=1)
+    held_by = mask.repeat_interleave(repeats, dim=0)
+    finite = FiniteLogits(lambda: origin(model, percept, state, held_by))
     texts = [plan.text_ids for plan in plans]
-    processors = LogitsProcessorList(options.pop("logits_processor", None) or [])
+    processors = LogitsProcessorList([finite, *(options.pop("logits_processor", None) or [])])
     processors.extend(prompt_processors(options, lm.generation_config, texts, looked))
     layers, faults = model.engine.layers(state, percept, repeats), model.driving("forward", lm)
     with layers, clock.decoding(lm), faults, reading(lm, state.cache):
@@ -122,6 +125,7 @@ def _generate(
             **options,
             **more,
         )
+    finite.check()
     fed = int(state.cache.get_seq_length()) - mask.shape[1]
     if repeats > 1:
         # All sequences of a prompt hold the same prompt; what they go on with differs.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import torch
-from toys import FAMILIES, prompt_of, toy_model
+from toys import FAMILIES, picture, prompt_of, toy_model
 from watching import last_logits
 
+from ipn_core.errors import StageError
+from ipn_core.finite import spoiled, tensors
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry
 from ipn_core.testing.tiny import tiny_backbone
@@ -56,6 +59,37 @@ def test_a_batch_gives_what_each_row_gives_alone(
                 if isinstance(found, float):
                     worst = max(counts.more.get("largest difference", 0.0), found)
                     counts.more["largest difference"] = worst
+
+
+def test_an_overflow_of_float16_anywhere_is_named(
+    tally: Any, scaled: Any, registry: Registry
+) -> None:
+    """Each module in turn gives numbers that float16 cannot hold."""
+    counts = tally("overflows of float16, in every module of a model in turn", limit_s=60)
+    for family in FAMILIES:
+        backbone = tiny_backbone(family)
+        for strategy in STRATEGIES:
+            model = toy_model(registry, strategy, family, backbone=backbone).eval()
+            model.to(torch.float16)
+            modules = [(name, one) for name, one in model.named_modules() if name]
+            for name, module in modules[:: 13 - scaled(12)]:
+                over: list[bool] = []
+                handle = module.register_forward_hook(partial(_overflow, over))
+                found = counts.attempt(
+                    f"{family}, {strategy}, {name}",
+                    lambda m=model: m.ask(picture(1), "What is it?", max_new_tokens=2),
+                    # torch's softmax of nothing but minus infinity is 0, as if all were masked.
+                    good=lambda _, over=over, name=name: not any(over) or "interaction" in name,
+                    refusal=StageError,
+                )
+                handle.remove()
+                unnoticed = any(over) and not isinstance(found, StageError)
+                counts.more["unnoticed"] = counts.more.get("unnoticed", 0.0) + unnoticed
+
+
+def _overflow(over: list[bool], module: Any, inputs: Any, output: Any) -> None:
+    for tensor in tensors(output):
+        over.append(bool(spoiled(tensor.mul_(1e6))))
 
 
 def test_a_seed_gives_the_same_sample(tally: Any, scaled: Any, registry: Registry) -> None:

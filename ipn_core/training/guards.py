@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ipn_core.errors import ConfigError, DataError, TrainingError
+from ipn_core.finite import spoiled, tensors
 from ipn_core.plan import Tokens
 from ipn_core.prompt import Prompt, Text
 
@@ -138,7 +138,7 @@ def first_not_finite(model: IPN, batch: Batch, run: Callable[[], Any]) -> str | 
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def after(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and any(_spoiled(tensor) for tensor in _tensors(output)):
+            if not found and any(map(spoiled, tensors(output))):
                 found.append(f"the output of {name}")
 
         return after
@@ -155,26 +155,7 @@ def first_not_finite(model: IPN, batch: Batch, run: Callable[[], Any]) -> str | 
 
 def _bad_features(batch: Batch) -> str | None:
     for span in batch.features.images:
-        if _spoiled(batch.features.values[span.offset : span.offset + span.length]):
+        if spoiled(batch.features.values[span.offset : span.offset + span.length]):
             example = batch.examples[span.sample]
             return f"the features of picture {span.place + 1} of the question {example.question!r}"
     return None
-
-
-def _spoiled(tensor: Tensor) -> bool:
-    """Whether it holds NaN or infinity; minus infinity may be a mask."""
-    return tensor.is_floating_point() and bool((tensor.isnan() | tensor.isposinf()).any())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _tensors(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _tensors(inner)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))

@@ -1,0 +1,146 @@
+"""Numbers that are no numbers any more, such as those that float16 cannot hold: noticed, and named.
+
+Nothing waits for a device because of this: a step's logits are looked at with those of the next
+one, when `generate` has waited for them anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ipn_core.errors import StageError
+from ipn_core.shared_cache import SharedLayer
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from ipn_core.model import IPN
+    from ipn_core.stages import Percept
+    from ipn_core.state import State
+
+__all__ = ["FiniteLogits", "origin", "spoiled", "tensors"]
+
+
+def spoiled(tensor: Tensor) -> Tensor:
+    """Whether a tensor holds NaN or infinity, as one bool; minus infinity may be a mask."""
+    return (tensor.isnan() | tensor.isposinf()).any()
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of floating-point numbers in something, however deep they lie."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from tensors(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from tensors(inner)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors(getattr(value, field.name))
+
+
+class FiniteLogits:
+    """A logits processor of transformers that ends an answer whose logits are no numbers."""
+
+    def __init__(self, where: Callable[[], str]) -> None:
+        """Start before the first token.
+
+        Args:
+            where: names what the first such number was in, and what to do; called only then.
+        """
+        self._where = where
+        self._bad: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Look at (B, vocabulary) scores; they are handed on as they are."""
+        self.check()
+        self._bad = spoiled(scores)
+        # Drawing from these would end all work on a GPU, before anybody could say why.
+        return torch.where(self._bad, torch.zeros_like(scores), scores)
+
+    def check(self) -> None:
+        """Refuse an answer whose last logits were no numbers.
+
+        Raises:
+            StageError: they were not.
+        """
+        if self._bad is not None and bool(self._bad):
+            raise StageError(f"there is no answer: {self._where()}")
+
+
+def origin(model: IPN, percept: Percept, state: State, mask: Tensor) -> str:
+    """Say which tensor of an answer was the first that holds NaN or infinity.
+
+    Args:
+        model: that answers.
+        percept: what it perceived.
+        state: its cache and its looks.
+        mask: (B, C) of the cache's positions, True for real tokens; later ones are all real.
+    """
+    config, dtype = model.config, model.backbone.dtype
+    named = _first(model, percept, state, mask)
+    text = f"{named} holds NaN or infinity, in {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.float16:
+        return f"{text}, whose largest number is 65,504. Choose --dtype bfloat16 or float32."
+    backbone = config.backbone.weights or config.backbone.name
+    return f"{text}. Check the weights of '{backbone}' and of '{model.name}'."
+
+
+def _first(model: IPN, percept: Percept, state: State, mask: Tensor) -> str:
+    config = model.config
+    if spoiled(percept.features.values):
+        return f"what the encoder '{config.encoder.name}' sees in a picture"
+    layer = _first_layer(state.cache, mask, state.length)
+    if layer == 0:
+        if config.perceive is not None and any(map(spoiled, tensors(percept.tokens))):
+            return f"a static token of '{config.perceive.name}'"
+        for look in state.looks:
+            if spoiled(look.request.values):
+                return "the request"
+            if config.interact is not None and spoiled(look.message.values):
+                return f"the message of '{config.interact.name}'"
+    if layer is None:
+        return "the output of the language model"
+    return f"a key or value of layer {layer} of the language model"
+
+
+def _first_layer(cache: Cache, mask: Tensor, begun: int) -> int | None:
+    """The lowest layer that is spoiled in the first segment where any is; None where none is.
+
+    Within a segment, NaN of one position also reaches those before it: 0 times NaN is NaN.
+    """
+    spoiled_at: list[set[int]] = []
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        places, at = set(), 0
+        for keys, values, rows in _pieces(layer):
+            bad = ~(keys.isfinite().all(-1) & values.isfinite().all(-1)).all(1)
+            real = mask[rows, at : at + bad.shape[1]].to(bad.device)
+            bad[:, : real.shape[1]] &= real
+            places |= {at + place for place in bad.any(0).nonzero().flatten().tolist()}
+            at += bad.shape[1]
+        spoiled_at.append(places)
+    if not any(spoiled_at):
+        return None
+    early = any(place < begun for places in spoiled_at for place in places)
+    for number, places in enumerate(spoiled_at):
+        if any(place < begun or not early for place in places):
+            return number
+    return None
+
+
+def _pieces(layer: Any) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Yield keys and values (n, H_kv, P, D_head) by place, and for each one of its rows."""
+    if isinstance(layer, SharedLayer):
+        for one in layer.beginnings:
+            used = sorted(set(one.rows))
+            yield one.keys[used], one.values[used], [one.rows.index(group) for group in used]
+    yield layer.keys, layer.values, list(range(len(layer.keys)))
