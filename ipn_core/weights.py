@@ -63,12 +63,14 @@ class Weights(ABC):
         description: one line for `ipn models list`.
         license: its SPDX expression.
         size_bytes: what they take on the disk.
+        examples: the task whose pictures a model knows, None where that is not said.
     """
 
     name: str
     description: str
     license: str
     size_bytes: int
+    examples: str | None = None
 
     def folder(self) -> Path:
         """Return the folder that holds them, or will; its parent is the cache by default."""

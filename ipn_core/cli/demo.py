@@ -7,17 +7,18 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ipn_core.cli.completing import installed
 from ipn_core.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Interact, Model
+from ipn_core.errors import DataError
+
+if TYPE_CHECKING:
+    from ipn_core.demo.pictures import Sample
 
 __all__ = ["demo"]
-
-_SAMPLES = "emoji-scenes"
-"""The task whose pictures the starter knows."""
 
 
 def demo(
@@ -48,21 +49,17 @@ def demo(
     from ipn_core.cli.terminal import note, quiet
     from ipn_core.plugins import get_registry
     from ipn_core.serving.sockets import LOCAL, address_of, bound
-    from ipn_core.tasks import open_task
 
     check_extra("demo", "gradio", "uvicorn")
-    if examples is None and model == DEFAULT_MODEL:
-        examples = _SAMPLES
-    task = None if examples is None else open_task(examples)
     # Before the model is loaded: that the port is taken should not come out late.
     with bound(host, port) as socket, _own_folder() as folder:
+        samples = _samples(examples, model, folder)
         with quiet():
             first = load_model(model, interact, untrained=False, device=device, dtype=dtype)
             import uvicorn
 
             from ipn_core.checkpoint import open_source
             from ipn_core.demo.app import create_app
-            from ipn_core.demo.pictures import draw_samples
             from ipn_core.demo.strategies import Strategies
             from ipn_core.demo.visits import Visits
 
@@ -70,7 +67,7 @@ def demo(
             strategies = Strategies(first, open_source(model, registry), registry)
             app = create_app(
                 Visits(strategies),
-                samples=[] if task is None else draw_samples(task, folder),
+                samples=samples,
                 upload=max_upload * 1_000_000,
                 hosts=LOCAL if host in LOCAL else (),
             )
@@ -80,6 +77,26 @@ def demo(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=3
         )
         uvicorn.Server(config).run(sockets=[socket])
+
+
+def _samples(examples: str | None, model: str, folder: Path) -> list[Sample]:
+    """Write the pictures of a task, by default of the one whose pictures a known model knows."""
+    from ipn_core.cli.terminal import note
+    from ipn_core.demo.pictures import draw_samples
+    from ipn_core.plugins import get_registry
+    from ipn_core.tasks import open_task
+
+    known = get_registry().entries("weights")
+    task = examples or (known[model].load().examples if model in known else None)
+    if task is None:
+        return []
+    try:
+        return draw_samples(open_task(task), folder)
+    except DataError as error:
+        if examples is not None:
+            raise
+        note(f"no pictures to begin with: {error}")
+        return []
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from ipn_core.images import MAX_PIXELS, load_image
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ipn_core.tasks import Task
+    from ipn_core.tasks import Picture, Task
 
 __all__ = ["Sample", "draw_samples", "read_picture"]
 
@@ -47,7 +46,7 @@ def read_picture(path: str | None) -> Image.Image:
 
 
 def draw_samples(task: Task, folder: Path, count: int = 4) -> list[Sample]:
-    """Write the first pictures of a task as files, each with a question of another kind.
+    """Write pictures of a task as files: the first ones with questions of kinds that differ.
 
     Args:
         task: has questions about one picture each.
@@ -55,27 +54,26 @@ def draw_samples(task: Task, folder: Path, count: int = 4) -> list[Sample]:
         count: pictures at most.
     """
     split = "val" if "val" in task.splits else task.default_split
-    about: dict[str, list[tuple[str, str]]] = {}
-    files: dict[str, Path] = {}
+    pictures: dict[str, Picture] = {}
+    asked: dict[str, dict[str, str]] = {}
     for example in task.examples(split):
-        if len(example.images) != 1 or example.dialogue is not None:
-            continue
-        picture = example.images[0]
-        if picture.name not in files:
-            if len(files) == count:
-                break
-            files[picture.name] = folder / f"example-{len(files) + 1}.png"
-            picture.load().save(files[picture.name])
-        about.setdefault(picture.name, []).append((example.type, example.question))
-    return _various([(str(files[name]), asked) for name, asked in about.items()])
-
-
-def _various(pictures: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> list[Sample]:
-    """Choose a question for each picture, of a kind that no earlier one has if there is one."""
-    seen: set[str] = set()
+        if len(example.images) == 1 and example.dialogue is None:
+            (picture,) = example.images
+            pictures.setdefault(picture.name, picture)
+            asked.setdefault(picture.name, {}).setdefault(example.type, example.question)
+    chosen: dict[str, str] = {}
+    kinds: set[str] = set()
+    for name, questions in asked.items():
+        kind = next((one for one in questions if one not in kinds), None)
+        if kind is not None and len(chosen) < count:
+            chosen[name] = questions[kind]
+            kinds.add(kind)
+    for name, questions in asked.items():
+        if len(chosen) < count:
+            chosen.setdefault(name, next(iter(questions.values())))
     found = []
-    for path, asked in pictures:
-        kind, question = next((one for one in asked if one[0] not in seen), asked[0])
-        seen.add(kind)
-        found.append(Sample(path, question))
+    for number, name in enumerate((name for name in asked if name in chosen), start=1):
+        path = folder / f"example-{number}.png"
+        pictures[name].load().save(path)
+        found.append(Sample(str(path), chosen[name]))
     return found

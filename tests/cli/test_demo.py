@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import Run, assert_refused
 
+from ipn_core.cli.demo import _samples
 from ipn_core.testing.browser import served_demo
 
 
@@ -36,6 +37,28 @@ def test_without_gradio_one_line_says_what_to_install(
     assert_refused(
         ipn("demo", "--port", "0"), "ipn demo needs a package", "pip install 'ipn-core[demo]'"
     )
+
+
+def test_photographs_that_were_not_fetched_are_missed_only_by_who_asks_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    ipn: Callable[..., Run],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("IPN_STAMPS", str(tmp_path))
+    assert _samples(None, "photo", tmp_path) == []
+    said = capsys.readouterr().err
+    assert "no pictures to begin with: there are no stamps in" in said
+    assert "python -m ipn_names.stamps" in said
+    assert_refused(ipn("demo", "--port", "0", "--examples", "photo-stamps"), "there are no stamps")
+
+
+def test_pictures_to_begin_with_are_those_that_a_known_model_knows(tmp_path: Path) -> None:
+    found = _samples(None, "starter", tmp_path)
+    assert len(found) == 4
+    assert all(Path(one.path).is_file() for one in found)
+    assert len({one.question for one in found}) == 4
+    assert _samples(None, str(tmp_path), tmp_path) == []
 
 
 @pytest.mark.slow

@@ -264,3 +264,25 @@ def test_samples_are_the_first_pictures_each_with_another_kind_of_question(
     found = draw_samples(FileTask(str(tmp_path / "some.jsonl")), folder, count=2)
     assert [sample.question for sample in found] == ["one?", "two?"]
     assert sorted(p.name for p in folder.iterdir()) == ["example-1.png", "example-2.png"]
+
+
+def test_samples_prefer_pictures_whose_questions_are_of_another_kind(
+    paths: list[str], tmp_path: Path
+) -> None:
+    import json
+
+    kinds = ("name", "name", "name", "side")
+    rows = [
+        {"image": path, "question": f"{kind} {number}?", "answer": "yes", "type": kind}
+        for number, (path, kind) in enumerate(zip(paths * 2, kinds, strict=False))
+    ]
+    assert len(paths) >= 2
+    for number, row in enumerate(rows):
+        copy = tmp_path / f"{number}.png"
+        copy.write_bytes(Path(str(row["image"])).read_bytes())
+        row["image"] = str(copy)
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    found = draw_samples(FileTask(str(tmp_path / "some.jsonl")), folder, count=2)
+    assert [sample.question for sample in found] == ["name 0?", "side 3?"]

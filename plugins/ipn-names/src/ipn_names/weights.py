@@ -12,4 +12,5 @@ PHOTO = Packaged(
     "photo",
     "photographs by name: what a classifier of 1,000 things sees (packaged)",
     Path(__file__).parent / "checkpoints" / "names",
+    "photo-stamps",
 )

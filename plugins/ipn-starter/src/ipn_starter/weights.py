@@ -69,16 +69,18 @@ class Packaged(Weights):
 
     license = "Apache-2.0"
 
-    def __init__(self, name: str, description: str, folder: Path) -> None:
+    def __init__(self, name: str, description: str, folder: Path, examples: str) -> None:
         """Name them.
 
         Args:
             name: what `ipn models pull` calls them.
             description: one line for `ipn models list`.
             folder: the packaged checkpoint, or one folder for each strategy.
+            examples: the task whose pictures it knows.
         """
         self.name = name
         self.description = description
+        self.examples = examples
         self._folder = folder
 
     def folder(self) -> Path:
@@ -146,4 +148,5 @@ STARTER = Packaged(
     "starter",
     "the starter: trained interactions (packaged), and its language model",
     Path(__file__).parent / "checkpoints",
+    "emoji-scenes",
 )
