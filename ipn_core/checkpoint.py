@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ipn_core.config import IPNConfig
 from ipn_core.errors import CheckpointError, ConfigError, near
-from ipn_core.files import atomic_write, make_folder, sha256_of
+from ipn_core.files import atomic_write, make_folder
 from ipn_core.importing import Imported, find_import, readers
 from ipn_core.locate import PICKLES, locate_model
 from ipn_core.plugins import Registry, get_registry
@@ -49,10 +48,9 @@ __all__ = [
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-STAGED = "config.next.json"
 INDEX = "models.json"
-SEAL = "ipn"
-"""The entry of the weights' header: sha256 of their `tensors`, and of the `config` they go with."""
+DIGEST = "sha256"
+"""The entry of the weights' header that holds the digest of their tensors."""
 FORMAT = 1
 """Version of the folder's format, in `config.json`."""
 
@@ -63,10 +61,10 @@ def save(
     dtype: torch.dtype | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint, so that whoever reads the folder finds the old one or the new one.
+    """Write a checkpoint, so that wherever this ends the folder holds the old one or the new one.
 
-    What makes it the new one is the replacement of its weights, which name their config by its
-    digest; a new config waits beside the old one until then.
+    What makes it the new one is the replacement of its weights. Until then the new config waits
+    beside the old one, under a name that holds the digest of the weights it goes with.
 
     Args:
         model: what to save.
@@ -83,21 +81,29 @@ def save(
     config = {"format": FORMAT, **model.config.model_dump(mode="json", exclude_none=True)}
     text = (json.dumps(config, indent=2) + "\n").encode()
     # One entry alone: safetensors writes several in any order, and equal weights are equal files.
-    seal = {"tensors": _digest_of(state), "config": hashlib.sha256(text).hexdigest()}
-    content = to_bytes(state, metadata={SEAL: json.dumps(seal)})
+    digest = _digest_of(state)
+    content = to_bytes(state, metadata={DIGEST: digest})
     make_folder(folder)
-    path, staged = folder / CONFIG, folder / STAGED
-    if config_path(folder) == staged:  # a save before was killed
-        os.replace(staged, path)
+    _settle(folder)
+    path = folder / CONFIG
     if not path.is_file() or path.read_bytes() != text:
-        atomic_write(staged, text)
+        atomic_write(folder / _waiting(digest), text)
     try:
         atomic_write(folder / WEIGHTS, content)
     finally:
-        if config_path(folder) == staged:
-            os.replace(staged, path)
-        else:
-            staged.unlink(missing_ok=True)
+        _settle(folder)
+
+
+def _settle(folder: Path) -> None:
+    """Keep the config that goes with the weights as `config.json`, and no other beside it."""
+    if (found := config_path(folder)).name != CONFIG:
+        atomic_write(folder / CONFIG, found.read_bytes())
+    for waiting in folder.glob(_waiting("?" * 64)):
+        waiting.unlink(missing_ok=True)
+
+
+def _waiting(digest: str) -> str:
+    return f".config.{digest}.json"
 
 
 def load(
@@ -321,7 +327,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"no such file: '{path}' ({hint}). Save the model again.")
     try:
         state = load_file(path)
-        promised = _seal_of(path).get("tensors")
+        promised = _promised(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"'{path}' is damaged or no safetensors file ({error}). Fetch or save it again."
@@ -335,31 +341,29 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def config_path(folder: Path) -> Path:
-    """Return where the config of a checkpoint lies: the one that its weights were saved with.
+    """Return where the config of a checkpoint lies.
 
     That is `config.json`, unless a save was killed between replacing the weights and this.
     """
     from safetensors import SafetensorError
 
-    path, staged = folder / CONFIG, folder / STAGED
-    if not staged.is_file():
+    path = folder / CONFIG
+    if next(folder.glob(_waiting("?" * 64)), None) is None:
         return path
     try:
-        named = _seal_of(folder / WEIGHTS).get("config")
-        return staged if named == sha256_of(staged) else path
+        waiting = folder / _waiting(_promised(folder / WEIGHTS) or "")
     except (SafetensorError, OSError, ValueError):
         return path
+    return waiting if waiting.is_file() else path
 
 
-def _seal_of(weights: Path) -> dict[str, str]:
-    """Return the digests in a safetensors file's header; earlier versions wrote none."""
+def _promised(weights: Path) -> str | None:
+    """Return the digest in a safetensors file's header; earlier versions wrote none."""
     from safetensors import safe_open
 
     with safe_open(weights, "pt") as file:
-        seal = json.loads((file.metadata() or {}).get(SEAL, "{}"))
-    if not isinstance(seal, dict):
-        raise ValueError(f"its header's entry {SEAL!r} is no object")
-    return seal
+        found: str | None = (file.metadata() or {}).get(DIGEST)
+    return found
 
 
 def _digest_of(state: Mapping[str, Tensor]) -> str:

@@ -75,14 +75,21 @@ class Dialogue:
             state, fed, rest = None, [], plan
         else:
             state, fed = self._state.fork(), list(self._fed)
-        answers, state, holds_answer = decode(model, [rest], percept, options, clock, state=state)
+        try:
+            answers, after, holds_answer = decode(
+                model, [rest], percept, options, clock, state=state
+            )
+        except BaseException:
+            if state is not None and self._state is not None:
+                state.end(self._state.length)
+            raise
         answer = answers[0]
         said: list[int | Piece] = []
         if holds_answer:
             turn = prompt.then_assistant(answer.ids[:-1], looked=answer.looked).turns[-1]
             said = Plan(model.planner.said(turn, len(prompt.images))).entries
         self._fed = [*fed, *rest.entries, *said]
-        self._state = state
+        self._state = after
         self._percepts, self._waiting = percepts, []
         closed = (
             answer.ids[:-1]

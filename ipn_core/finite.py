@@ -1,8 +1,4 @@
-"""Numbers that are no numbers any more, such as those that float16 cannot hold: noticed, and named.
-
-Nothing waits for a device because of this: a step's logits are looked at with those of the next
-one, when `generate` has waited for them anyway.
-"""
+"""Numbers that are none any more, such as those that float16 cannot hold: noticed, and named."""
 
 from __future__ import annotations
 
@@ -48,7 +44,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 class FiniteLogits:
-    """A logits processor of transformers that ends an answer whose logits are no numbers."""
+    """A logits processor of transformers that ends answers whose logits are no numbers."""
 
     def __init__(self, where: Callable[[], str]) -> None:
         """Start before the first token.
@@ -57,23 +53,18 @@ class FiniteLogits:
             where: names what the first such number was in, and what to do; called only then.
         """
         self._where = where
-        self._bad: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Look at (B, vocabulary) scores; they are handed on as they are."""
-        self.check()
-        self._bad = spoiled(scores)
-        # Drawing from these would end all work on a GPU, before anybody could say why.
-        return torch.where(self._bad, torch.zeros_like(scores), scores)
-
-    def check(self) -> None:
-        """Refuse an answer whose last logits were no numbers.
+        """Look at (B, vocabulary) scores, which are handed on as they are.
 
         Raises:
-            StageError: they were not.
+            StageError: a row holds such a number, which may be one that has ended already.
         """
-        if self._bad is not None and bool(self._bad):
+        # `generate` waits for the device right after this, for the token. Drawing it from such
+        # numbers would end all work on a GPU before anybody could say why.
+        if bool(spoiled(scores)):
             raise StageError(f"there is no answer: {self._where()}")
+        return scores
 
 
 def origin(model: IPN, percept: Percept, state: State, mask: Tensor) -> str:
@@ -119,8 +110,13 @@ def _first_layer(cache: Cache, mask: Tensor, begun: int) -> int | None:
     """
     spoiled_at: list[set[int]] = []
     layers: list[Any] = cache.layers
+    length = cache.get_seq_length()
     for layer in layers:
-        places, at = set(), 0
+        places: set[int] = set()
+        at = 0
+        if layer.get_seq_length() != length or not hasattr(layer, "keys"):
+            spoiled_at.append(places)  # it keeps the last positions alone, or none
+            continue
         for keys, values, rows in _pieces(layer):
             bad = ~(keys.isfinite().all(-1) & values.isfinite().all(-1)).all(1)
             real = mask[rows, at : at + bad.shape[1]].to(bad.device)

@@ -125,7 +125,6 @@ def _generate(
             **options,
             **more,
         )
-    finite.check()
     fed = int(state.cache.get_seq_length()) - mask.shape[1]
     if repeats > 1:
         # All sequences of a prompt hold the same prompt; what they go on with differs.

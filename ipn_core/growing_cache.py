@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,9 +79,13 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add to the rows, in place where nothing is learned; returns all keys and values."""
-        if torch.is_grad_enabled():
-            self._room = None
-            return super().update(key_states, value_states, *args, **kwargs)
+        others = self.is_initialized and (key_states.dtype, value_states.dtype) != (
+            self.keys.dtype,
+            self.values.dtype,
+        )
+        if torch.is_grad_enabled() or others:
+            with self._replacing():
+                return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -102,13 +108,36 @@ class GrowingLayer(DynamicLayer):
             room.leave(end, int(self.keys.shape[2]))
             self._show(room, int(self.keys.shape[2]))
 
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Put rows into another order."""
+        with self._replacing():
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row next to itself."""
+        with self._replacing():
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order."""
+        with self._replacing():
+            super().batch_select_indices(indices)
+
     def fork(self) -> GrowingLayer:
         """Return a layer that goes on from this one and leaves it as it is."""
-        room = self._own_room()
-        if room is not None:
+        if self._room is not None:
             with _CLAIMING:
-                room.forked = max(room.forked, int(self.keys.shape[2]))
+                self._room.forked = max(self._room.forked, self.get_seq_length())
         return copy.copy(self)
+
+    @contextmanager
+    def _replacing(self) -> Iterator[None]:
+        """Leave the room to others, and to the garbage, once other tensors are held."""
+        room, end = self._own_room(), self.get_seq_length()
+        yield
+        self._room = self._seen = None
+        if room is not None:
+            room.leave(end, room.forked)
 
     def _show(self, room: _Room, end: int) -> None:
         self._room = room
@@ -136,4 +165,4 @@ def give_back(cache: Cache, length: int) -> None:
     """Let another cache write behind the first `length` positions; this one is not read again."""
     for layer in cache.layers:
         if isinstance(layer, GrowingLayer):
-            layer.crop(length - layer.get_seq_length())
+            layer.crop(min(0, length - layer.get_seq_length()))

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,9 @@ def test_a_save_of_another_strategy_that_ends_anywhere_leaves_one_of_the_two(
         new.save_pretrained(saved)
     monkeypatch.undo()
 
-    assert replaced == ["config.next.json", "model.safetensors", "config.json"][:done]
+    names = [r"\.config\.[0-9a-f]{64}\.json", r"model\.safetensors", r"config\.json"]
+    assert len(replaced) == done
+    assert all(map(re.fullmatch, names, replaced))
     found, there = load(registry, saved), old if done < 2 else new
     assert found.config == there.config
     mine, theirs = there.trained_state(), found.trained_state()
@@ -230,6 +233,26 @@ def test_a_config_changed_by_hand_is_read(registry: Any, saved: Path) -> None:
     config["prompt"]["system"] = "Be brief."
     (saved / "config.json").write_text(json.dumps(config))
     assert load(registry, saved).config.prompt.system == "Be brief."
+
+
+def test_a_config_changed_by_hand_stays_where_a_save_over_it_fails(
+    registry: Any, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["prompt"]["system"] = "Be brief."
+    (saved / "config.json").write_text(json.dumps(config))
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+
+    def full(source: Any, target: Any) -> None:
+        if Path(target).name == "model.safetensors":
+            raise OSError(errno.ENOSPC, "no room")
+        replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(IPNError, match="What was there is unchanged"):
+        toy_model(registry, "toy-both", seed=5).save_pretrained(saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

@@ -106,13 +106,53 @@ def test_an_overflow_of_float16_says_what_to_do(registry: Registry) -> None:
     )
 
 
-def test_a_mask_is_no_overflow_and_bad_logits_are_not_drawn_from() -> None:
+class Heard:
+    """A streamer."""
+
+    def __init__(self) -> None:
+        self.put_s: list[Any] = []
+
+    def put(self, value: Any) -> None:
+        self.put_s += value.reshape(-1).tolist()
+
+    def end(self) -> None:
+        raise AssertionError("an answer that is refused does not end")
+
+
+def test_nothing_is_streamed_of_what_is_refused(registry: Registry) -> None:
+    model = toy_model(registry, "toy-both")
+    make_bad(model.backbone.layers[0])
+    heard = Heard()
+    with pytest.raises(StageError):
+        model.ask(picture(1), "What?", streamer=heard, **OPTIONS)
+    assert heard.put_s == []
+
+
+def test_one_row_that_is_bad_refuses_the_batch_and_the_others_answer_without_it(
+    registry: Registry,
+) -> None:
+    model = toy_model(registry, "toy-both")
+    prompts = [prompt_of(row, 1) for row in range(3)]
+    expected = [answer.ids for answer in model.generate(prompts, **OPTIONS)]
+
+    def spoil(module: Any, inputs: Any, output: Any) -> Any:
+        if len(output) != 2:
+            output[1 if len(output) == 3 else 0, -1, -1] = float("nan")
+        return output
+
+    handle = model.backbone.lm.get_output_embeddings().register_forward_hook(spoil)
+    with pytest.raises(StageError, match="no answer: the output of the language model"):
+        model.generate(prompts, **OPTIONS)
+    rest = [answer.ids for answer in model.generate([prompts[0], prompts[2]], **OPTIONS)]
+    handle.remove()
+    assert rest == [expected[0], expected[2]]
+
+
+def test_a_mask_is_no_overflow() -> None:
     ids = torch.zeros(2, 1, dtype=torch.long)
     finite = FiniteLogits(lambda: "here.")
     masked = torch.tensor([[0.0, float("-inf")], [1.0, 2.0]])
-    assert torch.equal(finite(ids, masked), masked)
-    finite.check()
-    handed = finite(ids, torch.tensor([[0.0, float("nan")], [1.0, 2.0]]))
-    assert bool(handed.isfinite().all())
-    with pytest.raises(StageError, match=r"there is no answer: here\."):
-        finite(ids, masked)
+    assert finite(ids, masked) is masked
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(StageError, match=r"there is no answer: here\."):
+            finite(ids, torch.tensor([[0.0, bad], [1.0, 2.0]]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from toys import picture, toy_model
 from transformers.cache_utils import DynamicLayer
 
+from ipn_core.errors import StageError
 from ipn_core.growing_cache import GrowingLayer
 from ipn_core.plugins import Registry
 from ipn_core.testing.tiny import tiny_backbone
@@ -62,6 +64,10 @@ def test_any_sequence_of_changes_gives_what_a_dynamic_layer_holds(seed: int) -> 
                 order = torch.tensor([rng.randrange(rows) for _ in range(rng.choice((1, 2)))])
                 for layer in pair:
                     layer.batch_select_indices(order)
+            case 7 if rows < 4:
+                for layer in pair:
+                    layer.batch_repeat_interleave(2)
+                    layer.reorder_cache(torch.arange(2 * rows).flip(0))
             case 7:
                 mine = copy.deepcopy(mine)
                 pairs[pairs.index(pair)] = (mine, twin)
@@ -105,6 +111,49 @@ def test_what_a_fork_may_hold_is_not_written_again() -> None:
     assert torch.equal(fork.keys, held)
 
 
+@torch.no_grad()
+def test_a_room_that_was_left_is_free_for_the_next_fork() -> None:
+    layer = filled(600)
+    fork = layer.fork()
+    fork.update(*states(3, seed=1))
+    fork.batch_repeat_interleave(2)  # holds tensors of its own now
+    later = layer.fork()
+    later.update(*states(3, seed=2))
+    assert later.keys.data_ptr() == layer.keys.data_ptr()
+    assert torch.equal(fork.keys[0, :, 600:], states(3, seed=1)[0][0])
+
+
+def test_a_room_is_given_up_where_something_is_learned() -> None:
+    layer = filled(600)
+    room = weakref.ref(layer._room)
+    keys, values = (t.requires_grad_() for t in states(2))
+    layer.update(keys, values)
+    assert room() is None
+
+
+@torch.no_grad()
+def test_another_dtype_is_joined_as_a_dynamic_layer_does() -> None:
+    layer, twin = filled(6), DynamicLayer()
+    twin.update(*states(6, seed=6))
+    keys, values = (t.double() for t in states(2))
+    layer.update(keys, values)
+    twin.update(keys, values)
+    assert layer.keys.dtype == torch.float64
+    assert same(layer, twin)
+
+
+def test_what_a_fork_holds_stays_also_where_inference_mode_wrote_it() -> None:
+    layer = GrowingLayer()
+    with torch.inference_mode():
+        layer.update(*states(600))
+    fork = layer.fork()
+    held = fork.keys.clone()
+    with torch.inference_mode():
+        layer.crop(-100)
+        layer.update(*states(100, seed=9))
+    assert torch.equal(fork.keys, held)
+
+
 def test_gradients_flow_as_through_a_dynamic_layer() -> None:
     mine, twin = filled(6), DynamicLayer()
     twin.update(*states(6, seed=6))
@@ -142,6 +191,7 @@ def test_only_layers_that_keep_every_position_grow_in_place() -> None:
 def test_questions_about_a_picture_use_the_same_room_in_turn(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Beams, which take rooms of their own, and questions that fail are no hindrance."""
     seen: list[tuple[int, int]] = []
     update = GrowingLayer.update
 
@@ -157,5 +207,10 @@ def test_questions_about_a_picture_use_the_same_room_in_turn(
         seen.clear()
         about.ask(question, max_new_tokens=3)
         places.append({at for at, length in seen if length > about.prefilled})
+        about.ask("Who?", max_new_tokens=3, num_beams=2)
+        with monkeypatch.context() as patch:
+            patch.setattr("ipn_core.finite.spoiled", lambda scores: torch.tensor(True))
+            with pytest.raises(StageError):
+                about.ask("Who?", max_new_tokens=3)
     assert about.prefilled > 0
     assert places[0] == places[1] == places[2]

@@ -22,7 +22,14 @@ from lessons import (
 )
 from safetensors.torch import load_file
 
-from ipn_core.errors import CheckpointError, ConfigError, TrainingError, UnknownNameError, UserError
+from ipn_core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TrainingError,
+    UnknownNameError,
+    UserError,
+)
 from ipn_core.model import IPN
 from ipn_core.plugins import get_registry
 from ipn_core.tasks import open_task
@@ -163,6 +170,31 @@ def test_the_next_batch_is_there_before_the_losses_of_a_step_are_read(
         ("read", 1),
         ("read", 2),
     ]
+
+
+def test_what_is_wrong_with_the_next_batch_is_told_after_the_step_that_is_done(
+    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = StageRun._batches
+
+    def made(self: StageRun, step: int) -> Any:
+        if step == 2:
+            raise DataError("a line is broken")
+        return batches(self, step)
+
+    monkeypatch.setattr(StageRun, "_batches", made)
+    values = {**lesson(llm, stage("s", "language", steps=4)), "save_every": 1}
+    with pytest.raises(DataError, match="a line is broken"):
+        training(values, tmp_path / "run").run()
+    assert len(metrics(tmp_path / "run")) == 2
+    monkeypatch.setattr(StageRun, "_batches", batches)
+    steps: list[int] = []
+    advance = StageRun.advance
+    monkeypatch.setattr(
+        StageRun, "advance", lambda self: (steps.append(self.step), advance(self))[1]
+    )
+    training(values, tmp_path / "run", resume=True).run()
+    assert steps == [2, 3]
 
 
 def test_accumulated_batches_give_the_gradient_of_one_large_batch(

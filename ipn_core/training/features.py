@@ -20,7 +20,7 @@ import torch
 
 from ipn_core.errors import IPNError
 from ipn_core.features import Box, VisualFeatures
-from ipn_core.files import claim, lock
+from ipn_core.files import claim, lock, make_folder
 from ipn_core.images import content_key, crop
 from ipn_core.training.shards import Entry, Shards, cache_size
 from ipn_core.weights import cache_dir
@@ -108,6 +108,7 @@ class FeatureCache:
                 if report:
                     report(len(keys))
             if images and not self._full:
+                make_folder(self.folder / "locks")
                 with claim(self._lock_of(chunk, keys)) as free:
                     if free:
                         self._keep(images)

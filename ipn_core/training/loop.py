@@ -123,7 +123,7 @@ class StageRun:
         self.accelerator = accelerator
         self.seed = seed
         self.step = 0
-        self._ready: list[Batch] | None = None
+        self._ready: tuple[int, list[Batch] | Exception] | None = None
         self.pinned = Pinned()
         self.trained = choose(model, stage.train, stage.freeze)
         objectives = build_objectives(stage, model, data, registry)
@@ -290,7 +290,7 @@ class StageRun:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         parts: list[dict[str, Tensor]] = []
-        batches = self._ready or self._batches(self.step)
+        batches = self._take()
         count = len(batches[0].step)
         for batch, share in zip(batches, self._shares(batches), strict=True):
             last = batch is batches[-1]
@@ -299,8 +299,8 @@ class StageRun:
                 total, terms = self._losses(self._to_device(batch), share)
                 self.accelerator.backward(total / self.stage.accumulate)
             parts.append({"loss": total.detach(), **terms})
-        # A GPU still works on these, until their losses are read.
-        self._ready = None if self.step + 1 == self.stage.steps else self._batches(self.step + 1)
+        if self.step + 1 < self.stage.steps:
+            self._prepare(self.step + 1)  # a GPU still works on these, until their losses are read
         totals = {
             name: sum(float(part[name]) / self.stage.accumulate for part in parts)
             for name in parts[0]
@@ -382,6 +382,21 @@ class StageRun:
         self.accelerator.unscale_gradients(self.optimizer)
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
+
+    def _prepare(self, step: int) -> None:
+        """Make a step's batches; what goes wrong is no fault of the step before, and told later."""
+        try:
+            self._ready = step, self._batches(step)
+        except Exception as error:
+            self._ready = step, error
+
+    def _take(self) -> list[Batch]:
+        ready, self._ready = self._ready, None
+        if ready is None or ready[0] != self.step:
+            return self._batches(self.step)
+        if isinstance(ready[1], Exception):
+            raise ready[1]
+        return ready[1]
 
     def _batches(self, step: int) -> list[Batch]:
         """Return this process's share of a step, on the CPU: a batch for each accumulated part."""

@@ -129,6 +129,7 @@ class _Windows:
         self._number, self._first = number, first
         self._coming = self.data.windows(self.seed, place)
         self._kept: deque[_Window] = deque()
+        self._failed: Exception | None = None
 
     def state(self, at: int) -> dict[str, Any]:
         """Return what `start` takes for the window that holds a group."""
@@ -153,7 +154,13 @@ class _Windows:
         return next(window for window in self._kept if at < window.end)
 
     def _next(self) -> None:
-        place, data = next(self._coming)
+        if self._failed is not None:
+            raise self._failed  # an iterator that has raised would only say that it has ended
+        try:
+            place, data = next(self._coming)
+        except Exception as error:
+            self._failed = error
+            raise
         cuts = self._ordered(data, self._number, self._first)
         self._kept.append(_Window(self._number, self._first, place, data, cuts))
         self._number, self._first = self._number + 1, self._kept[-1].end

@@ -12,6 +12,7 @@ import pytest
 from command_line import Run, assert_refused, tree
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
 
 from ipn_core import IPN
 from ipn_core.checkpoint import strategies_of
@@ -90,6 +91,22 @@ def test_a_pushed_model_is_loaded_again(
     for path in (hub.folder / "me/asks").iterdir():
         assert any(path.match(p) for p in wanted[-1])
     assert all(bool((v == weights[k]).all()) for k, v in again.trained_state().items())
+
+
+def test_a_model_whose_save_was_killed_is_pushed_as_it_is_loaded(
+    hub: Hub, trained: Path, ipn: Callable[..., Run]
+) -> None:
+    """Its weights are the new ones, and their config still waits for its name."""
+    model = IPN.from_pretrained(trained)
+    model.save_pretrained(trained)
+    with safe_open(trained / "model.safetensors", "pt") as file:
+        digest = file.metadata()["sha256"]
+    config = (trained / "config.json").read_text()
+    (trained / f".config.{digest}.json").write_text(config)
+    (trained / "config.json").write_text('{"format": 1, "of": "the model before"}')
+    assert ipn("push", trained, "me/asks").code == 0
+    assert (hub.folder / "me/asks" / "config.json").read_text() == config
+    assert not list((hub.folder / "me/asks").glob(".config*"))
 
 
 def test_the_card_tells_scores_command_config_and_versions(
