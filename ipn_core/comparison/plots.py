@@ -100,6 +100,8 @@ def _tokens(results: Results, axes: Any) -> None:
                 color=_colour(results, groups[0]),
             )
         one.set_xscale("log", base=2)
+        counts = sorted({group.dynamic for group in results.groups})
+        one.set_xticks(counts, [str(count) for count in counts])
         one.set_xlabel("dynamic tokens K")
         one.legend()
 
