@@ -108,28 +108,32 @@ def _first_layer(cache: Cache, mask: Tensor, begun: int) -> int | None:
 
     Within a segment, NaN of one position also reaches those before it: 0 times NaN is NaN.
     """
-    spoiled_at: list[set[int]] = []
-    layers: list[Any] = cache.layers
     length = cache.get_seq_length()
-    for layer in layers:
-        places: set[int] = set()
-        at = 0
-        if layer.get_seq_length() != length or not hasattr(layer, "keys"):
-            spoiled_at.append(places)  # it keeps the last positions alone, or none
-            continue
-        for keys, values, rows in _pieces(layer):
-            bad = ~(keys.isfinite().all(-1) & values.isfinite().all(-1)).all(1)
-            real = mask[rows, at : at + bad.shape[1]].to(bad.device)
-            bad[:, : real.shape[1]] &= real
-            places |= {at + place for place in bad.any(0).nonzero().flatten().tolist()}
-            at += bad.shape[1]
-        spoiled_at.append(places)
-    if not any(spoiled_at):
+    places: dict[int, int] = {}
+    for number, layer in enumerate(cache.layers):
+        place = _first_place(layer, mask, length)
+        if place is not None:
+            places[number] = place
+    early = any(place < begun for place in places.values())
+    return next((layer for layer, at in places.items() if at < begun or not early), None)
+
+
+def _first_place(layer: Any, mask: Tensor, length: int) -> int | None:
+    """The first real position where a layer is spoiled, None where there is none.
+
+    Nor is one told of a layer that keeps the last positions alone, or none.
+    """
+    if layer.get_seq_length() != length or not hasattr(layer, "keys"):
         return None
-    early = any(place < begun for places in spoiled_at for place in places)
-    for number, places in enumerate(spoiled_at):
-        if any(place < begun or not early for place in places):
-            return number
+    at = 0
+    for keys, values, rows in _pieces(layer):
+        bad = ~(keys.isfinite().all(-1) & values.isfinite().all(-1)).all(1)
+        real = mask[rows, at : at + bad.shape[1]].to(bad.device)
+        bad[:, : real.shape[1]] &= real
+        places = bad.any(0).nonzero()
+        if len(places):
+            return at + int(places[0])
+        at += bad.shape[1]
     return None
 
 

@@ -108,8 +108,9 @@ def _generate(
     # `generate` reads only the length of what the cache holds; the embeddings there are not used.
     held = prefix.embeds.new_zeros(rows, state.length, prefix.embeds.shape[2])
     mask = torch.cat([state.mask, prefix.mask], dim=1)
-    held_by = mask.repeat_interleave(repeats, dim=0)
-    finite = FiniteLogits(lambda: origin(model, percept, state, held_by))
+    finite = FiniteLogits(
+        lambda: origin(model, percept, state, mask.repeat_interleave(repeats, dim=0))
+    )
     texts = [plan.text_ids for plan in plans]
     processors = LogitsProcessorList([finite, *(options.pop("logits_processor", None) or [])])
     processors.extend(prompt_processors(options, lm.generation_config, texts, looked))

@@ -115,15 +115,18 @@ def _files(folder: Path) -> Iterator[tuple[str, Path | bytes]]:
         )
     parts = {folder, *strategies_of(folder).values()}
     for part in sorted(parts):
-        config = config_path(part)  # not under its name where a save was killed
-        for path in sorted(part.iterdir()):
+        found = {
+            path.name: path
+            for path in sorted(part.iterdir())
             # Not what a killed process left, whose name starts with a dot.
-            wanted = path.suffix in (".json", ".md") or path.name == WEIGHTS
-            wanted = wanted and path.name != CONFIG
-            if wanted and path.is_file() and not path.name.startswith("."):
-                yield path.relative_to(folder).as_posix(), path
-        if config.is_file():
-            yield (part / CONFIG).relative_to(folder).as_posix(), config
+            if (path.suffix in (".json", ".md") or path.name == WEIGHTS)
+            and not path.name.startswith(".")
+            and path.is_file()
+        }
+        if (config := config_path(part)).is_file():
+            found[CONFIG] = config  # which has another name where a save was killed
+        for name, path in found.items():
+            yield (part / name).relative_to(folder).as_posix(), path
     training = _training(folder)
     if training is not None and training.parent != folder:
         yield TRAINING, training
