@@ -1,9 +1,10 @@
 """Every attention backend, and `auto`, at the shapes of small-query cross-attention.
 
 Each is held against double precision first; a cell that a backend cannot serve is a row with its
-reasons. All backends of a shape are timed in turn, on CUDA by its events. The fastest are kept in a
-table of this run alone, as `ipn bench attention --tune` keeps them; then those that come near the
-fastest are timed once more, with `auto` among them, and `auto` must be within 5 % of the best.
+reasons. All backends of a shape are timed in turn, on CUDA by its events. What `auto` is to take is
+decided as `ipn bench attention --tune` does, and kept in a table of this run alone; then those that
+come near the fastest are timed once more, with `auto` among them, and `auto` must be within 5 % of
+the best.
 
     .venv/bin/python -m pytest benchmarks/bench_attention.py -m "not gpu" [--grid short|usual|full]
 """
@@ -24,16 +25,15 @@ from benchmarks.results import Row
 from benchmarks.sections import Book
 from ipn_core.attention import choice
 from ipn_core.attention.choice import Case
+from ipn_core.attention.deciding import ROUNDS, decide
 from ipn_core.attention.dispatch import choose
 from ipn_core.attention.drawing import label
-from ipn_core.attention.timing import Timing, Trial, fastest
+from ipn_core.attention.timing import Timing, Trial
 from ipn_core.plugins import get_registry
 
 AUTO, RATIO = "auto", "auto over the fastest"
 LIMIT = 1.05
 """How much longer `auto` may take than the fastest backend."""
-CLOSE = 1.5
-"""Which backends are timed again beside `auto`: those that took less than so much of the best."""
 AGAIN = 2
 """How often a ratio above the limit is measured anew, three times as long each: the fastest of
 several that are alike is found by chance, too."""
@@ -75,21 +75,20 @@ def setup_attention(case: Case, device: torch.device) -> Trial:
 
 
 def measure(trial: Trial, seconds: float) -> Cell:
-    """Time all backends, keep the fastest for `auto`, and time it beside those that come near."""
+    """Time all backends, keep the winner for `auto`, and time it beside those that come near."""
     case = trial.case
-    timings = {t.backend: t for t in trial.time(seconds)}
-    winners = fastest(timings.values())
-    if not winners:
+    decision = decide(trial, seconds)
+    timings = {t.backend: t for t in decision.timings}
+    if decision.winner is None:
         nothing = ("no backend takes it",)
         lost = Row.refused(f"{label(case)} / {RATIO}", nothing, unit="ratio")
         return Cell({**timings, AUTO: Timing(case, AUTO, nothing)}, lost)
-    choice.write_table(trial.device, winners)
+    choice.write_table(trial.device, {case: decision.winner})
     chosen = choose(trial.inputs).name
-    took = {name: statistics.median(t.seconds) for name, t in timings.items() if t.seconds}
-    near = [name for name, median in took.items() if median <= CLOSE * min(took.values())]
     for attempt in range(1, AGAIN + 2):
-        longer = 1 if attempt == 1 else 3
-        found = {t.backend: t for t in trial.time(seconds * longer, also=[AUTO], only=near)}
+        longer = seconds if attempt == 1 else 3 * seconds
+        timed = trial.time(longer, also=[AUTO], only=decision.near, seed=ROUNDS + attempt)
+        found = {t.backend: t for t in timed}
         best, ratios = over_fastest(found)
         if statistics.median(ratios) <= LIMIT:
             break

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,10 @@ from toys import toy_model
 
 from ipn_core.attention import AttentionBackend, AttentionInputs, choice, timing
 from ipn_core.attention import exact as reference
-from ipn_core.attention.choice import Case, write_table
-from ipn_core.attention.dispatch import choose
+from ipn_core.attention.choice import Case
 from ipn_core.attention.drawing import _times, cases_of, default_cases, draw, label
 from ipn_core.attention.exact import exact, largest_difference, results
-from ipn_core.attention.timing import Timing, Trial, fastest, measure
+from ipn_core.attention.timing import Trial, measure
 from ipn_core.hooks import hookimpl
 from ipn_core.model import IPN
 from ipn_core.plugins import add_plugin, get_registry
@@ -95,29 +97,6 @@ def test_the_default_shapes_are_what_the_starter_computes() -> None:
 # -- timing ----------------------------------------------------------------------------------------
 
 
-def timed(backend: str, median: float | None) -> Timing:
-    seconds = (median,) * 5 if median else ()
-    return Timing(PLAIN, backend, () if median else ("cannot",), 0.0, seconds=seconds)
-
-
-@pytest.mark.parametrize(
-    ("times", "winner"),
-    [
-        ({"eager": 3.0, "sdpa": 2.0, "flex": None}, "sdpa"),
-        ({"eager": 1.0, "sdpa": 2.0}, "eager"),
-        # Within the noise, what never refuses; and of these, what the list names first.
-        ({"sdpa-flash": 1.0, "sdpa": 1.01, "eager": 1.0}, "sdpa"),
-        ({"sdpa-flash": 1.0, "sdpa": 1.05}, "sdpa-flash"),
-    ],
-)
-def test_the_fastest_wins(times: dict[str, float | None], winner: str) -> None:
-    assert fastest([timed(*one) for one in times.items()]) == {PLAIN: winner}
-
-
-def test_nothing_wins_where_nothing_ran() -> None:
-    assert fastest([timed("eager", None)]) == {}
-
-
 class Wrong(AttentionBackend):
     """Looks everywhere alike."""
 
@@ -179,10 +158,6 @@ def test_every_backend_has_a_row_checked_before_it_is_timed() -> None:
         assert found[name].seconds == ()
         assert found[name].to_row().reasons == found[name].reasons
         assert found[name].failed is (name in ("wrong", "breaks"))
-    winners = fastest(rows)
-    assert set(winners) == set(cases)
-    write_table(CPU, winners)
-    assert all(choose(draw(case, CPU)).name == winner for case, winner in winners.items())
 
 
 def test_auto_is_timed_beside_what_it_may_take() -> None:
@@ -195,6 +170,24 @@ def test_auto_is_timed_beside_what_it_may_take() -> None:
     assert rows["sdpa"].case == {**PLAIN._asdict(), "backend": "sdpa"}
     assert rows["sdpa"].samples == 5
     assert rows["xformers"].reasons == ("needs a device of cuda, got cpu",)
+
+
+def test_what_ran_before_a_short_call_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    took = {"short": timing.WARM_S / 20, "long": timing.WARM_S}
+    done: list[str] = []
+    tasks = {name: partial(done.append, name) for name in took}
+
+    def seconds_of(task: Any, times: int, device: torch.device) -> float:
+        (name,) = task.args
+        done.append(f"{name}, timed {times}")
+        return took[name]
+
+    monkeypatch.setattr(timing, "seconds_of", seconds_of)
+    timing.in_turn(tasks, CPU, 0)
+    before = Counter(a for a, b in pairwise(done) if b == "short, timed 4")
+    assert before == {"short": timing.SAMPLES[0]}
+    assert done.count("short") == timing.SAMPLES[0]
+    assert done.count("long") == 0
 
 
 def test_a_label_has_the_queries_and_keys_of_one_sequence() -> None:

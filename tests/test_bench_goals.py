@@ -7,6 +7,7 @@ goal only where all of its 95 % interval does. What breaks one is measured anew,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,12 @@ def test_a_choice_that_is_not_the_fastest_is_found_out(monkeypatch: pytest.Monke
     from benchmarks import bench_attention
     from benchmarks.attention_cells import cell
 
+    real = bench_attention.decide
     monkeypatch.setattr(bench_attention, "AGAIN", 0)
-    monkeypatch.setattr(bench_attention, "CLOSE", 100.0)
-    monkeypatch.setattr(bench_attention, "fastest", lambda timings: {case: "flex"})
+    monkeypatch.setattr("ipn_core.attention.deciding.CLOSE", 100.0)
+    monkeypatch.setattr(
+        bench_attention, "decide", lambda *given: replace(real(*given), winner="flex")
+    )
     case = cell(5, 50, 1)
     row = attention(case)
     assert row.case["chosen"] == "flex"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ipn_core.attention.choice import Case
-from ipn_core.attention.dispatch import AUTO, backends_for, get_backend
+from ipn_core.attention.dispatch import backends_for, get_backend
 from ipn_core.attention.drawing import draw, label
 from ipn_core.attention.exact import call, exact, largest_difference, results
 from ipn_core.benchmarking.turns import turns
@@ -23,7 +23,6 @@ __all__ = [
     "TOLERANCE",
     "Timing",
     "Trial",
-    "fastest",
     "in_turn",
     "measure",
     "peak_of",
@@ -38,12 +37,11 @@ TOLERANCE = {
 }
 """How far a backend may be from double precision, relative to the largest value."""
 
-NEAR = 1.04
-"""A backend that `auto` tries anyway wins unless another one takes this much less: it never refuses
-what it was not timed for."""
-
 SAMPLE_S = 0.002
 """What one sample of a timing takes at least, so that the clock's own error does not count."""
+WARM_S = 0.01
+"""A call that takes less is run once before each sample, untimed: what another backend left in the
+caches slows it by more than backends that are alike differ."""
 LONG_S = 0.1
 SAMPLES = (5, 200)
 """How many samples a row gets at least and at most."""
@@ -157,7 +155,11 @@ class Trial:
         return lambda: torch.autograd.grad(call(inputs, name), leaves, ones)
 
     def time(
-        self, seconds: float, also: Sequence[str] = (), only: Sequence[str] | None = None
+        self,
+        seconds: float,
+        also: Sequence[str] = (),
+        only: Sequence[str] | None = None,
+        seed: int = 0,
     ) -> list[Timing]:
         """Time the backends that were found right, in turn.
 
@@ -165,6 +167,7 @@ class Trial:
             seconds: about how long each is timed.
             also: further names to time with them, such as "auto".
             only: of the backends, these; all by default.
+            seed: of the order of the turns.
 
         Returns:
             A timing for each of them; those that were not timed have the reasons.
@@ -172,7 +175,7 @@ class Trial:
         asked = [t for name, t in self.checked.items() if only is None or name in only]
         timings = [*asked, *(Timing(self.case, name) for name in also)]
         tasks = {t.backend: self.task(t.backend) for t in timings if not t.reasons}
-        times = in_turn(tasks, self.device, seconds)
+        times = in_turn(tasks, self.device, seconds, seed)
         return [
             replace(
                 t,
@@ -213,24 +216,8 @@ def measure(
     return timings
 
 
-def fastest(timings: Iterable[Timing]) -> dict[Case, str]:
-    """Return the winner of each case that any backend was timed for."""
-    from statistics import median
-
-    best: dict[Case, dict[str, float]] = {}
-    for timing in timings:
-        if timing.seconds:
-            best.setdefault(timing.case, {})[timing.backend] = median(timing.seconds)
-    winners = {}
-    for case, times in best.items():
-        limit = min(times.values()) * NEAR
-        usual = [name for name in AUTO if times.get(name, float("inf")) <= limit]
-        winners[case] = usual[0] if usual else min(times, key=lambda name: times[name])
-    return winners
-
-
 def in_turn(
-    tasks: dict[str, Callable[[], Any]], device: torch.device, seconds: float
+    tasks: dict[str, Callable[[], Any]], device: torch.device, seconds: float, seed: int = 0
 ) -> dict[str, list[float]]:
     """Return samples of the seconds of a call.
 
@@ -240,19 +227,23 @@ def in_turn(
         tasks: by name.
         device: where they run; on CUDA they are timed by its events.
         seconds: about how long the slowest is timed.
+        seed: of the orders.
     """
-    inner, least = {}, 0.0
+    inner, warm, least = {}, {}, 0.0
     for name, task in tasks.items():
         once = seconds_of(task, 1, device)
         if once < LONG_S:  # of a longer call, the first one is not so much longer than others
             once = min(seconds_of(task, 1, device) for _ in range(3))
         inner[name] = max(1, min(1000, round(SAMPLE_S / max(once, 1e-9))))
-        least = max(least, inner[name] * once)
+        warm[name] = once < WARM_S
+        least = max(least, (inner[name] + warm[name]) * once)
     low, high = SAMPLES
     count = max(low, min(high, round(seconds / least))) if tasks else 0
     times: dict[str, list[float]] = {name: [] for name in tasks}
-    for order in turns(list(tasks), count):
+    for order in turns(list(tasks), count, seed):
         for name in order:
+            if warm[name]:
+                tasks[name]()
             times[name].append(seconds_of(tasks[name], inner[name], device))
     return times
 

@@ -54,7 +54,13 @@ def attention(
         str | None, typer.Option(metavar="NAME", help="cpu or cuda; by default cuda if there is.")
     ] = None,
     seconds: Annotated[
-        float, typer.Option(metavar="S", min=0, help="About how long each row is timed.")
+        float,
+        typer.Option(
+            metavar="S",
+            min=0,
+            help="About how long each row is timed; with --tune, those that are near the fastest "
+            "again, until it is known which wins.",
+        ),
     ] = 0.2,
     tune: Annotated[
         bool, typer.Option("--tune", help="Let 'auto' take the fastest from now on.")
@@ -73,8 +79,9 @@ def attention(
         raise UserError("'--model' and '--shape' both say what to time. Give one of them.")
     with quiet():
         from ipn_core.attention.choice import machine, write_table
+        from ipn_core.attention.deciding import tuned
         from ipn_core.attention.drawing import default_cases
-        from ipn_core.attention.timing import fastest, measure
+        from ipn_core.attention.timing import measure
         from ipn_core.placing import device_of
 
         where = device_of(device)
@@ -85,8 +92,11 @@ def attention(
         else:
             cases = default_cases(where)
         with Bar("timing attention") as bar:
-            timings = measure(cases, where, seconds=seconds, report=bar.steps)
-        table = write_table(where, fastest(timings)) if tune else None
+            if tune:
+                timings, winners = tuned(cases, where, seconds=seconds, report=bar.steps)
+                table = write_table(where, winners)
+            else:
+                timings, table = measure(cases, where, seconds=seconds, report=bar.steps), None
         auto = _auto(cases, where)
     if json:
         print_json(
