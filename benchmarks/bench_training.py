@@ -52,7 +52,7 @@ CACHES, NONE = "all caches", "encoder on, no caches"
 BYTES = 1 << 31
 GOAL = 3.0
 """How many times as many examples a second a training must do with all caches."""
-REPEATS = 8
+REPEATS, SHORT = 8, 3
 QUESTION = 24
 """Tokens up to and with `<img-q>`."""
 
@@ -90,7 +90,7 @@ def setup_runs(model: IPN, kind: str, task: Path) -> Runs:
     """Get a stage ready twice, with everything read that is read once.
 
     Args:
-        model: asks; its encoder is the real one.
+        model: asks; its encoder is the real one. It trains where its language model is.
         kind: of stage.
         task: a file of questions; caches lie beside it.
     """
@@ -110,7 +110,7 @@ def setup_runs(model: IPN, kind: str, task: Path) -> Runs:
             [data],
             cache=cache,
             registry=get_registry(),
-            accelerator=Accelerator(),
+            accelerator=Accelerator(cpu=model.backbone.device.type == "cpu"),
             seed=0,
             digest=lambda: "benchmark",
             prefixes=prefixes,
@@ -210,10 +210,16 @@ def measure(
 
 
 def test_training(
-    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    device: torch.device,
+    kind: str,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    with threads(None):
-        llm, name = subjects.backbone()
+    option = request.config.getoption
+    repeats = SHORT if option("--grid") == "short" else REPEATS
+    with threads(option("--threads")):
+        llm, name = subjects.backbone(device)
         prompts, _ = setup_prompts(subjects.asking_model(llm, **SHARED), QUESTION)
-        found = measure(llm, prompts, encoder(), tmp_path, REPEATS)
-        report("training", name, [found], request, capsys)
+        found = measure(llm, prompts, encoder(), tmp_path, repeats)
+        report("training", name, [found], kind, request, capsys)

@@ -17,6 +17,7 @@ def report(
     section: str,
     llm: str,
     found: Sequence[Found],
+    kind: str,
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -26,6 +27,7 @@ def report(
         section: of the results.
         llm: what the language model was.
         found: the findings.
+        kind: of device that they are of, "cpu" or "cuda".
         request: says whether goals are to be checked.
         capsys: is stepped around, so that a passing benchmark prints too.
     """
@@ -37,8 +39,9 @@ def report(
     store(
         section,
         rows,
+        kind,
         notes=[f"language model: {llm}", *notes(found)],
-        again=command(request.path.name),
+        again=command(request.path.name, kind, request.config.getoption("--grid")),
         folder=request.config.getoption("--results"),
     )
     if (said := missed(found)) and not request.config.getoption("--no-check"):

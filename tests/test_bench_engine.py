@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from ipn_core.benchmarking.engine import subjects
+from ipn_core.benchmarking.engine import memory, subjects
 from ipn_core.benchmarking.engine.first_token import setup_first_token
 from ipn_core.benchmarking.engine.memory import SIDES, growth, slope
-from ipn_core.benchmarking.engine.questions import QUESTIONS, Album
+from ipn_core.benchmarking.engine.questions import FEW, QUESTIONS, Album
 from ipn_core.benchmarking.engine.report import text
 from ipn_core.benchmarking.engine.table import Found, Session, measure
 from ipn_core.benchmarking.engine.training import Steps, setup_steps
@@ -24,7 +24,9 @@ pytestmark = pytest.mark.usefixtures("small_interaction")
 
 @pytest.fixture
 def session(monkeypatch: pytest.MonkeyPatch) -> Session:
-    monkeypatch.setattr(subjects, "backbone", lambda: (tiny_backbone(positions=2048), "a toy"))
+    monkeypatch.setattr(
+        subjects, "backbone", lambda device: (tiny_backbone(positions=2048), "a toy")
+    )
     return Session(short=True, count=2)
 
 
@@ -32,7 +34,8 @@ GOALS = {
     "first-token-128": {"one request round : its floor": 1.05},
     "questions": {
         "LLaVA : one after the other": 3.0,
-        "LLaVA, its cache kept : one after the other": 1.0,
+        "LLaVA, its cache copied : one after the other": 1.0,
+        "LLaVA, its cache cut back : one after the other": 1.0,
         "LLaVA : one batch": 6.0,
     },
     "decoding": {"plain generate : after a look": 0.98},
@@ -74,6 +77,35 @@ def test_growth_is_one_where_memory_is_linear_and_four_where_quadratic() -> None
     assert growth([float(side**4) for side in SIDES]) == pytest.approx(4)
 
 
+def test_on_a_gpu_the_peak_is_that_of_torchs_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"now": 1000, "peak": 9000}
+    fakes = {
+        "synchronize": lambda device: None,
+        "reset_peak_memory_stats": lambda device: held.update(peak=held["now"]),
+        "memory_allocated": lambda device: held["now"],
+        "max_memory_allocated": lambda device: held["peak"],
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    task = lambda: held.update(peak=held["now"] + 500)  # noqa: E731
+    assert memory._peak(task, torch.device("cuda", 0)) == 500
+
+
+@pytest.mark.skipif(not memory.RESET.exists(), reason="needs Linux")
+def test_on_a_cpu_the_peak_is_that_of_the_process() -> None:
+    size = 1 << 27
+
+    def task() -> None:
+        torch.ones(size, dtype=torch.uint8)
+
+    assert 0.9 * size < memory._peak(task, torch.device("cpu")) < 1.5 * size
+
+
+def test_features_lie_where_they_are_asked_for() -> None:
+    for device in (torch.device("cpu"), torch.device("meta")):
+        assert subjects.features_of(2, device).values.device == device
+
+
 def test_ways_of_asking_that_answer_otherwise_are_not_timed() -> None:
     album = Album(tiny_backbone("llama-gqa", positions=2048), QUESTIONS[::4])
     album.check()
@@ -81,6 +113,19 @@ def test_ways_of_asking_that_answer_otherwise_are_not_timed() -> None:
         album.ours.slots.image += 1
     with pytest.raises(AssertionError, match="'one after the other' answers"):
         album.check()
+
+
+def test_a_late_question_that_is_answered_otherwise_is_found_out() -> None:
+    album = Album(tiny_backbone("llama-gqa", positions=2048), QUESTIONS[::4])
+    album.check()
+    assert len(album.questions) > FEW
+    assert album.time().keys() == {*album.one_by_one(), *album.batches()}
+    batch = album._our_batch
+    spoilt = lambda count: batch(count)[:FEW] + [(0,)] * (count - FEW)  # noqa: E731
+    album._our_batch = spoilt  # type: ignore[method-assign]
+    album.check()
+    with pytest.raises(AssertionError, match="'one batch' answers"):
+        album.time()
 
 
 @pytest.fixture

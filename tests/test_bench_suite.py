@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -332,24 +333,65 @@ def test_pytest_benchmark_gets_the_samples_that_were_taken(tmp_path: Path) -> No
     assert row["extra_info"] == {"error": 1e-7}
 
 
+TOYS = """
+from ipn_core.benchmarking.engine import subjects, table
+from ipn_core.testing.tiny import tiny_backbone
+
+subjects.INTERACT = {"name": "rvii", "width": 16, "depth": 1, "heads": 2, "mlp_ratio": 2}
+subjects.backbone = lambda device: (tiny_backbone(positions=4096).to(device), "a toy")
+for row in ("commands", "memory"):
+    del table.ROWS[row]
+"""
+"""What the suite measures below, where the language model itself would take minutes. The two rows
+that run processes of their own are measured by `test_bench_engine_goals.py`."""
+
+
 @pytest.mark.slow
 def test_the_suite_runs_from_the_command_line(tmp_path: Path) -> None:
-    words = ("--grid", "short", "--row-seconds", "0", "--threads", "1", "--no-check")
-    files = [f"benchmarks/bench_{name}.py" for name in ("attention", "modules", "peaks")]
-    command = [sys.executable, "-m", "pytest", "-q", *files, "-m", "not gpu", *words]
-    done = subprocess.run(
-        [*command, "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout
-    (path,) = tmp_path.glob("*.json")
-    found = Results.read(path)
-    assert set(found.sections) == {"attention", "modules", "peaks"}
-    assert len(found.sections["attention"].rows) % 6 == 0
-    some = subprocess.run(
-        [*command, "--results", str(tmp_path / "some"), "-k", "film"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert "modules on cpu: 3 of 9 rows were measured" in some.stdout
+    (tmp_path / "toys_instead.py").write_text(TOYS)
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+
+    def suite(*more: str) -> str:
+        """Run what `make bench` runs; returns what it printed."""
+        words = ("--grid", "short", "--row-seconds", "0", "--threads", "1", "--no-check")
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "toys_instead",
+            "benchmarks",
+            *words,
+            *more,
+        ]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    suite("-m", "not gpu", "--results", str(tmp_path / "all"))
+    (file,) = (tmp_path / "all").glob("*-1-threads.json")
+    found = Results.read(file).sections
+    assert set(found) == {"attention", "modules", "peaks", "engine", "training"}
+    assert len(found["attention"].rows) % 6 == 0
+    assert "language model: a toy" in found["engine"].notes
+    rows = {row.name: row for section in found.values() for row in section.rows}
+    assert rows["first-token-2048/its floor"].samples == 1
+    assert rows["a whole training/encoder on, no caches : all caches"].samples == 3
+    for name in ("engine", "training"):
+        assert found[name].about["threads"] == 1
+        again = f"pytest benchmarks/bench_{name}.py -m 'not gpu' --grid short"
+        assert found[name].about["command"] == f".venv/bin/python -m {again}"
+
+    some = suite("-m", "not gpu", "--results", str(tmp_path / "some"), "-k", "film")
+    assert "modules on cpu: 3 of 9 rows were measured" in some
     assert not (tmp_path / "some").exists()
+
+    collected = suite("-m", "gpu", "--collect-only", "-q")
+    for name in ("engine", "training", "peaks"):
+        assert f"bench_{name}.py::test_{name}[cuda]" in collected

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 
 import pytest
+import torch
 from command_line import Run, assert_refused
 
 from ipn_core.benchmarking.engine import subjects, table
@@ -14,8 +15,19 @@ from ipn_core.testing.tiny import tiny_backbone
 def test_the_command_prints_rows_or_json(
     ipn: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subjects, "backbone", lambda: (tiny_backbone(), "a toy"))
-    words = ("bench", "engine", "--only", "machinery", "--repeats", "2", "--threads", "1")
+    monkeypatch.setattr(subjects, "backbone", lambda device: (tiny_backbone(), "a toy"))
+    words = (
+        "bench",
+        "engine",
+        "--only",
+        "machinery",
+        "--repeats",
+        "2",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    )
     run = ipn(*words)
     assert run.code == 0, run.err
     assert run.out.startswith("a toy, float32, 1 threads of ")
@@ -24,6 +36,15 @@ def test_the_command_prints_rows_or_json(
     assert found["llm"] == "a toy"
     assert [row["row"] for row in found["rows"]] == ["machinery"]
     assert found["rows"][0]["rows"][0]["name"] == "machinery/first token, through hooks"
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(
+    ipn: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delattr(subjects, "backbone")
+    run = ipn("bench", "engine", "--device", "cuda")
+    assert_refused(run, "'--device' must be cpu here, got 'cuda'. See 'ipn doctor'.")
 
 
 def test_rows_are_chosen_by_name_or_by_what_they_begin_with(ipn: Callable[..., Run]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ipn_core.benchmarking.engine.table import Found, against, took
-from ipn_core.benchmarking.engine.timing import collected, in_turn
+from ipn_core.benchmarking.engine.timing import Timed, collected, in_turn
 from ipn_core.benchmarking.rows import Row
 from ipn_core.plugins import get_registry
 
@@ -21,7 +22,7 @@ __all__ = ["measure"]
 
 HELP, EMPTY = "ipn --help", "an empty typer app's --help"
 PLUGINS, IMPORTS = "ipn plugins", 'python -c "import torch, transformers"'
-COLD, NEEDED = "ipn ask, cold", "import, load and answer"
+COLD, NEEDED, LOAD = "ipn ask, cold", "import, load and answer", "load the starter"
 WARM = "a further answer, warm"
 HELP_GOAL, COLD_GOAL = 1.5, 1.05
 
@@ -35,9 +36,14 @@ def empty() -> None:
 app(["--help"])
 """
 _NEEDED = """
-import sys, torch, transformers
+import time, torch, transformers
 from ipn_core import IPN
-print(IPN.from_pretrained("starter").ask({image!r}, "Is there a dog?").text)
+from ipn_core.placing import place
+started = time.perf_counter()
+model = place(IPN.from_pretrained("starter"), {device!r})
+seconds = time.perf_counter() - started
+print(model.ask({image!r}, "Is there a dog?").text)
+print(seconds)
 """
 STARTER = "starter"
 
@@ -58,7 +64,8 @@ def measure(session: Session) -> Found:
         "commands from their start to their end, each in a process of its own",
         rows,
         notes=[
-            f"'{NEEDED}' is a program of three lines that does just that",
+            f"'{NEEDED}' is a program of a few lines that does just that; '{LOAD}' is the loading "
+            "in it, after torch and transformers were imported, with whatever else it imports",
             "answers are the starter's, with the picture encoded anew each time",
         ],
     )
@@ -69,30 +76,45 @@ def _answers(row: str, image: str, session: Session) -> list[Row]:
     weights = None if known is None else known.load()
     if weights is None or not weights.present():
         why = "needs the starter's weights: ipn models pull starter"
-        return [Row.refused(f"{row}/{name}", [why]) for name in (COLD, NEEDED, WARM)]
-    words = ("ask", image, "Is there a dog?")
-    count = session.repeats(4, 2)
-    found = _timed({COLD: _ipn(*words), NEEDED: _NEEDED.format(image=image)}, count)
-    warm = {WARM: _warm(image)}
-    once = collected(in_turn(warm, session.repeats(10, 5)))
+        return [Row.refused(f"{row}/{name}", [why]) for name in (COLD, NEEDED, LOAD, WARM)]
+    device = str(session.device)
+    programs = {
+        COLD: _ipn("ask", image, "Is there a dog?", "--device", device),
+        NEEDED: _NEEDED.format(image=image, device=device),
+    }
+
+    def parted() -> Iterator[tuple[Timed, Any]]:
+        for timed, printed in _runs(programs, session.repeats(4, 2)):
+            answers = {name: said.splitlines() for name, said in printed.items()}
+            if answers[COLD][0] != answers[NEEDED][0]:
+                raise AssertionError(f"the answers differ: {answers}")
+            yield {**timed, LOAD: float(answers[NEEDED][1])}, printed
+
+    found = collected(parted())
+    once = collected(in_turn({WARM: _warm(image, device)}, session.repeats(10, 5)))
     return [*took(row, {**found, **once}), against(row, found, COLD, NEEDED, COLD_GOAL)]
 
 
-def _warm(image: str) -> Callable[[], object]:
+def _warm(image: str, device: str) -> Callable[[], object]:
     from ipn_core.model import IPN
+    from ipn_core.placing import place
 
-    model = IPN.from_pretrained(STARTER)
+    model = place(IPN.from_pretrained(STARTER), device)
     return lambda: model.ask(image, "Is there a dog?")
 
 
 def _timed(programs: Mapping[str, str], repeats: int) -> dict[str, list[float]]:
-    rows = {name: _run(program) for name, program in programs.items()}
-    return collected(in_turn(rows, repeats, warm_up=1))
+    return collected(_runs(programs, repeats))
 
 
-def _run(program: str) -> Callable[[], object]:
+def _runs(programs: Mapping[str, str], repeats: int) -> Iterator[tuple[Timed, dict[str, str]]]:
+    """Run programs in turn; yields the seconds of each, and what it printed."""
+    return in_turn({name: partial(_run, one) for name, one in programs.items()}, repeats, warm_up=1)
+
+
+def _run(program: str) -> str:
     command = [sys.executable, "-c", program]
-    return lambda: subprocess.run(command, check=True, capture_output=True)
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _ipn(*words: str) -> str:

@@ -128,7 +128,7 @@ class Ragged:
             Prompt.ask(f"{word} is" + " it" * more, ["the picture"])
             for word, more in zip(opening, WORDS, strict=True)
         ]
-        self.features = features_of(len(self.prompts))
+        self.features = features_of(len(self.prompts), session.backbone.device)
         self.lengths = [len(self.model.planner.plan(prompt).text_ids) for prompt in self.prompts]
 
     def together(self) -> list[tuple[int, ...]]:

@@ -54,7 +54,7 @@ def measure_2048(session: Session) -> Found:
 def _measure(row: str, case: Case, session: Session, repeats: tuple[int, int]) -> Found:
     case.check()
     count = session.repeats(*repeats)
-    found = time_parts(case, count, warm_up=2 if case.prefix < 1000 else 1)
+    found = time_parts(case, count, warm_up=2 if case.prefix < 500 else 1)
     return Found(
         row,
         f"first token, {case.prefix} tokens up to <img-q>, {K} dynamic and {case.rest - K} more; "
@@ -87,7 +87,8 @@ def setup_first_token(llm: Backbone, prefix: int) -> Case:
         # A word may be several tokens, but none is less than one.
         more += max((prefix - length) // 2, 1)
         prompt, length, rest = asked(more)
-    return Case(model, prompt, model.perceive([], [words], features_of(1)), length, rest)
+    percept = model.perceive([], [words], features_of(1, llm.device))
+    return Case(model, prompt, percept, length, rest)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Peak memory while answering, against the number of a picture's patches.
 
 Measured in a process of its own, by the high-water mark that Linux keeps of it and that is reset
-before each size; on CUDA, by torch's.
+before each size; on CUDA, by that of torch's allocator.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from ipn_core.attention.timing import peak_of
 from ipn_core.benchmarking.engine.table import Found
 from ipn_core.benchmarking.rows import Row
 
@@ -36,11 +38,11 @@ def measure(session: Session) -> Found:
     """Measure in a process of its own."""
     row = "memory"
     title = f"peak memory while answering, {SIDES[0] ** 2} to {SIDES[-1] ** 2:,} patches"
-    if not RESET.exists():
+    if session.device.type == "cpu" and not RESET.exists():
         why = "needs Linux, whose high-water mark of a process can be reset"
         return Found(row, title, [Row.refused(f"{row}/bytes a patch", [why], unit="bytes")])
     count = session.repeats(2, 1)
-    found = [_in_a_process() for _ in range(count)]
+    found = [_in_a_process(session.device) for _ in range(count)]
     rows = [
         Row.of(f"{row}/{side**2:,} patches", [one[at] for one in found], unit="bytes")
         for at, side in enumerate(SIDES)
@@ -55,7 +57,7 @@ def measure(session: Session) -> Found:
             Row.of(f"{row}/a patch among many : among few", grown, unit="ratio", goal=GOAL),
         ],
         notes=[
-            "what the process had before the picture's features were made is left out; a patch's "
+            "what was held before the picture's features were made is left out; a patch's "
             "own features are 5,120 bytes of what it takes",
             "bytes a patch: the slope of a line through all sizes; among many: from the last size "
             "but one to the last, among few: from the one before",
@@ -79,46 +81,52 @@ def growth(bytes_of: Sequence[float]) -> float:
     return last / before
 
 
-def _in_a_process() -> list[int]:
+def _in_a_process(device: torch.device) -> list[int]:
     # What is freed goes back to the system at once, so that the mark is of what is held.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    words = ("-m", "ipn_core.benchmarking.engine.memory", str(torch.get_num_threads()), str(device))
     done = subprocess.run(
-        [sys.executable, "-m", "ipn_core.benchmarking.engine.memory", str(torch.get_num_threads())],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, *words], env=environment, capture_output=True, text=True, check=True
     )
     found: list[int] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def peaks() -> list[int]:
-    """Return for each size how many bytes more the process holds at its peak than before."""
+def peaks(device: torch.device) -> list[int]:
+    """Return for each size how many bytes more are held at the peak of an answer than before.
+
+    Args:
+        device: whose memory it is: the process's, or that of torch's allocator on CUDA.
+    """
     from ipn_core.benchmarking.engine import subjects
     from ipn_core.clock import Clock
     from ipn_core.generate import decode
     from ipn_core.prompt import Prompt
 
-    llm, _ = subjects.backbone()
+    llm, _ = subjects.backbone(device)
     model = subjects.asking_model(llm)
     prompt = Prompt.ask("Is there a dog?", ["the picture"])
-    found = []
-    for side in (SIDES[0], *SIDES):  # the first once more: whatever is made once is made there
-        _reset()
-        before = _kilobytes("VmRSS")
-        with torch.no_grad():
-            features = subjects.features_of(1, (side, side))
-            plans = [model.planner.plan(prompt)]
-            percept = model.perceive([], [prompt.question], features)
-            decode(model, plans, percept, {"max_new_tokens": NEW}, Clock(llm.device))
-        found.append(1024 * (_kilobytes("VmHWM") - before))
-        del features, percept
-    return found[1:]
+
+    @torch.no_grad()
+    def answer(side: int) -> None:
+        features = subjects.features_of(1, llm.device, (side, side))
+        plans = [model.planner.plan(prompt)]
+        percept = model.perceive([], [prompt.question], features)
+        decode(model, plans, percept, {"max_new_tokens": NEW}, Clock(llm.device))
+
+    # The first once more: whatever is made once is made there.
+    return [_peak(partial(answer, side), device) for side in (SIDES[0], *SIDES)][1:]
 
 
-def _reset() -> None:
+def _peak(task: Callable[[], object], device: torch.device) -> int:
+    """Return how many bytes a task holds at most beyond what was held before."""
+    counted = peak_of(task, device)
+    if counted is not None:
+        return counted
     RESET.write_text("5")
+    before = _kilobytes("VmRSS")
+    task()
+    return 1024 * (_kilobytes("VmHWM") - before)
 
 
 def _kilobytes(what: str) -> int:
@@ -128,4 +136,4 @@ def _kilobytes(what: str) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[1]))
-    print(json.dumps(peaks()))
+    print(json.dumps(peaks(torch.device(sys.argv[2]))))

@@ -39,8 +39,12 @@ INTERACT = {
 }
 
 
-def backbone() -> tuple[Backbone, str]:
-    """Return SmolLM2 where its weights are present, else a random LLaMA of its shape; and which."""
+def backbone(device: torch.device) -> tuple[Backbone, str]:
+    """Return SmolLM2 where its weights are present, else a random LLaMA of its shape; and which.
+
+    Args:
+        device: where it is put, in float32 everywhere, so that all rows compute the same numbers.
+    """
     registry = get_registry()
     adapter: Any = registry.get("backbone", "llama").load()
     known = registry.entries("weights").get(SMOLLM2)
@@ -49,13 +53,15 @@ def backbone() -> tuple[Backbone, str]:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = weights.folder()
-        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return adapter(lm, AutoTokenizer.from_pretrained(folder)), "SmolLM2-135M-Instruct"
+        lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return adapter(
+            lm.to(device), AutoTokenizer.from_pretrained(folder)
+        ), "SmolLM2-135M-Instruct"
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    random = LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPE))
-    return adapter(random, tiny_tokenizer()), "a random LLaMA of SmolLM2-135M's shape"
+    random: Any = LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPE))
+    return adapter(random.to(device), tiny_tokenizer()), "a random LLaMA of SmolLM2-135M's shape"
 
 
 def asking_model(llm: Backbone, **config: Any) -> IPN:
@@ -74,8 +80,11 @@ def asking_model(llm: Backbone, **config: Any) -> IPN:
     )
 
 
-def features_of(pictures: int, grid: tuple[int, int] = GRID) -> VisualFeatures:
-    """Return random features of so many pictures, one a sample."""
+def features_of(
+    pictures: int, device: torch.device, grid: tuple[int, int] = GRID
+) -> VisualFeatures:
+    """Return random features of so many pictures, one a sample, on a device."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(grid[0] * grid[1], WIDTH, generator=generator) for _ in range(pictures)]
-    return VisualFeatures.pack(values, [grid] * pictures, range(pictures), pictures)
+    packed = VisualFeatures.pack(values, [grid] * pictures, range(pictures), pictures)
+    return packed.to(device)

@@ -8,6 +8,8 @@ from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import torch
+
 from ipn_core.benchmarking.engine.timing import ratios
 from ipn_core.benchmarking.rows import Row
 from ipn_core.errors import UserError, near
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["ROWS", "Found", "Session", "against", "choose_rows", "measure", "took"]
 
 Better: TypeAlias = Literal["lower", "higher"]
-
+CPU = torch.device("cpu")
 
 ROWS = {
     "first-token-128": "ipn_core.benchmarking.engine.first_token:measure_128",
@@ -63,12 +65,14 @@ class Session:
     """What the rows of one run share.
 
     Attributes:
-        short: a few repetitions of smaller things, to see in a minute or two that nothing broke.
+        short: a few repetitions of each row, to see that nothing broke.
         count: repetitions of every row, None for what each of them chooses.
+        device: where both sides of every ratio run.
     """
 
     short: bool = False
     count: int | None = None
+    device: torch.device = CPU
 
     def repeats(self, full: int, short: int) -> int:
         """Return how often a row runs what it times."""
@@ -78,7 +82,7 @@ class Session:
     def _llm(self) -> tuple[Backbone, str]:
         from ipn_core.benchmarking.engine.subjects import backbone
 
-        return backbone()
+        return backbone(self.device)
 
     @property
     def backbone(self) -> Backbone:

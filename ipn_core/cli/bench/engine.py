@@ -17,7 +17,7 @@ def engine(
         typer.Option(metavar="ROW", help="This row, such as first-token; several for several."),
     ] = None,
     short: Annotated[
-        bool, typer.Option("--short", help="A few repetitions: about four minutes.")
+        bool, typer.Option("--short", help="A few repetitions: half as long or less.")
     ] = False,
     repeats: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Repetitions of each row.")
@@ -26,6 +26,9 @@ def engine(
         int | None,
         typer.Option(min=1, metavar="N", help="Fewer than a core each, on a busy machine."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Where all of it runs: cpu, cuda or cuda:1.")
+    ] = "cpu",
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -37,19 +40,20 @@ def engine(
         from ipn_core.benchmarking.engine.report import text
         from ipn_core.benchmarking.engine.table import Session, choose_rows, measure
         from ipn_core.benchmarking.engine.timing import threads as working
+        from ipn_core.placing import device_of
 
         rows = choose_rows(only or [])
-        session = Session(short, repeats)
+        session = Session(short, repeats, device_of(device))
         found = []
         with working(threads), Bar("timing the engine") as bar:
             for done, row in enumerate(rows):
                 bar.steps(done, len(rows))
                 found.append(measure(row, session))
-            machine, llm = about(), session.llm
+            machine, llm = about(str(session.device)), session.llm
     if json:
         print_json({"about": machine, "llm": llm, "rows": [one.to_json() for one in found]})
         return
-    on = f"{machine['threads']} threads of {machine['cpu']}, torch {machine['torch']}"
-    print(f"{llm}, float32, {on}")
+    on = machine.get("gpu") or f"{machine['threads']} threads of {machine['cpu']}"
+    print(f"{llm}, float32, {on}, torch {machine['torch']}")
     for one in found:
         print(f"\n{text(one)}")
