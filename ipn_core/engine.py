@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from ipn_core.stages import (
     Percept,
 )
 from ipn_core.state import Prefix, State
+from ipn_core.transfer import send, tensor_on
 
 if TYPE_CHECKING:
     from ipn_core.model import IPN
@@ -42,6 +43,15 @@ __all__ = ["Engine"]
 
 _SHOWN = 40
 """Characters of a question that an error quotes."""
+
+
+class _Filling(NamedTuple):
+    """What stands in slots next to each other: values (n, D_in), plus `added` (D_in,) if given."""
+
+    row: int
+    start: int
+    values: Tensor
+    added: Tensor | None = None
 
 
 class Engine:
@@ -87,7 +97,7 @@ class Engine:
         if shared and clock:
             clock.lap("prefill")
         lengths = [int(n) for n in rest.mask.sum(1)]
-        return Prefix(state, own, rest.mask.to(own.device), lengths)
+        return Prefix(state, own, send(rest.mask, own.device), lengths)
 
     def read(self, plans: Sequence[Plan], percept: Percept) -> State:
         """Run plans to their end, for prompts that go on from them; returns what is in the cache.
@@ -124,12 +134,12 @@ class Engine:
                 last = hidden[-1]
                 # What rows share holds nothing to be learned; the rest ends the segment.
                 targets = segment.labels[:, segment.length - last.shape[1] + 1 :]
-                labels = targets.to(last.device)
-                learned = labels != IGNORED
+                learned = targets != IGNORED
+                labels = send(targets[learned], last.device)
                 with self.model.driving("logits"):
-                    logits = self.model.backbone.logits(last[:, :-1][learned])
-                total = total + F.cross_entropy(logits, labels[learned], reduction="sum")
-                count += int((targets != IGNORED).sum())
+                    logits = self.model.backbone.logits(_chosen(last[:, :-1], learned))
+                total = total + F.cross_entropy(logits, labels, reduction="sum")
+                count += len(labels)
         return total, count, state
 
     def decisions(self, plans: Sequence[Plan], percept: Percept) -> tuple[Tensor, Tensor]:
@@ -152,9 +162,9 @@ class Engine:
                 for look in segment.looks:
                     before = segment.length - segment.request - 1
                     again[look.row, before] = look.round >= self.model.config.layout.rounds
-                again, places = (x[:, -last.shape[1] :].to(last.device) for x in (again, places))
-                found.append(last[places | again])
-                choices.append(again[places | again])
+                again, places = (x[:, -last.shape[1] :] for x in (again, places))
+                found.append(_chosen(last, places | again))
+                choices.append(send(again[places | again], last.device))
         return torch.cat(found), torch.cat(choices)
 
     def _walk(
@@ -287,30 +297,34 @@ class Engine:
 
         `filled` has what each row's last look brought; rows that sit out segments read it later.
         """
-        backbone, slots = self.model.backbone, self.model.slots
+        backbone = self.model.backbone
         with self.model.driving("embed"):
-            embeds = backbone.embed(segment.ids.to(backbone.device))
-        index: list[tuple[int, int]] = []
-        values: list[Tensor] = []
+            embeds = backbone.embed(send(segment.ids, backbone.device))
+        fillings = self._fillings(segment, percept, filled)
+        index = [(f.row, f.start + i) for f in fillings for i in range(len(f.values))]
+        if not index:
+            return embeds
+        where = tensor_on(index, embeds.device)
+        values = [f.values if f.added is None else f.values + f.added for f in fillings]
+        return embeds.index_put((where[:, 0], where[:, 1]), torch.cat(values).to(embeds.dtype))
+
+    def _fillings(
+        self, segment: Segment, percept: Percept, filled: Mapping[int, Tensor]
+    ) -> list[_Filling]:
+        """Return what stands in the slots of a segment."""
+        slots, found = self.model.slots, []
         if segment.statics and percept.tokens is not None:
             by_place = {
                 (span.sample, span.place): tokens
                 for span, tokens in zip(percept.features.images, percept.tokens, strict=True)
             }
             for place in segment.statics:
-                values.append(by_place[place.row, place.image] + slots.image)
-                index += [(place.row, place.start + i) for i in range(place.length)]
+                tokens = by_place[place.row, place.image]
+                found.append(_Filling(place.row, place.start, tokens, slots.image))
         for place in segment.dynamics:
-            values.append(filled[place.row])
-            index += [(place.row, place.start + i) for i in range(place.length)]
-        for look in segment.looks:
-            values.append(slots.request)
-            start = segment.length - segment.request
-            index += [(look.row, start + i) for i in range(segment.request)]
-        if not index:
-            return embeds
-        where = torch.tensor(index, device=embeds.device)
-        return embeds.index_put((where[:, 0], where[:, 1]), torch.cat(values).to(embeds.dtype))
+            found.append(_Filling(place.row, place.start, filled[place.row]))
+        start = segment.length - segment.request
+        return found + [_Filling(look.row, start, slots.request) for look in segment.looks]
 
     def _divide(
         self, segment: Segment, percept: Percept, state: State, every: bool = False
@@ -347,7 +361,7 @@ class Engine:
         full = sum(state.lengths) == state.length * len(state.lengths)
         for part in parts:
             mine = self._enter(part, embeds, state)
-            state.mask = torch.cat([state.mask, part.mask.to(mine.device)], dim=1)
+            state.mask = torch.cat([state.mask, send(part.mask, mine.device)], dim=1)
             full = full and not part.padded
             positions = (state.mask.long().cumsum(1) - 1).clamp(min=0)[:, -mine.shape[1] :]
             mask = None if full else state.mask
@@ -362,8 +376,8 @@ class Engine:
             state.select(part.parents, self.model.backbone.shares)
         if part.order is None:
             return embeds
-        rows = torch.tensor(part.rows, device=embeds.device)
-        return embeds[rows[:, None], part.order.to(embeds.device)]
+        rows = tensor_on(part.rows, embeds.device)
+        return embeds[rows[:, None], send(part.order, embeds.device)]
 
     def _extend(
         self,
@@ -390,7 +404,7 @@ class Engine:
         hidden = self._run(parts, embeds, state, wanted)
         if index != list(range(len(state.mask))):
             state.select(index, self.model.backbone.shares)
-            spread = torch.tensor(index, device=embeds.device)
+            spread = tensor_on(index, embeds.device)
             hidden = {layer: states[spread] for layer, states in hidden.items()}
         self._count(state, segment.mask.sum(1))
         return hidden
@@ -398,3 +412,9 @@ class Engine:
     @staticmethod
     def _count(state: State, more: Tensor) -> None:
         state.lengths = [n + m for n, m in zip(state.lengths, more.tolist(), strict=True)]
+
+
+def _chosen(states: Tensor, where: Tensor) -> Tensor:
+    """Return the states (B, T, D) at the places (B, T) that are True, known on the CPU, (n, D)."""
+    rows, places = (send(index, states.device) for index in where.nonzero(as_tuple=True))
+    return states[rows, places]

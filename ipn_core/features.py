@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ipn_core.errors import ShapeError
+from ipn_core.transfer import send, tensor_on
 
 if TYPE_CHECKING:
     from ipn_core.records import EncodedImage
@@ -197,7 +198,7 @@ class VisualFeatures:
         if self.values.shape[0] == whole and [i for r in rows for i in r] == list(range(whole)):
             return None
         padded = [row + [-1] * (width - len(row)) for row in rows]
-        return torch.tensor(padded, device=self.values.device).reshape(self.batch, width)
+        return tensor_on(padded, self.values.device).reshape(self.batch, width)
 
     def spread(self, packed: Tensor) -> Tensor:
         """Lay what belongs to the packed patches, (N, …), out as (B, P, …), zeros where padded.
@@ -248,7 +249,7 @@ class VisualFeatures:
             positions[offset:end] = _centres(grid, box)
             places[offset:end] = place
         device = self.values.device
-        return positions.to(device), places.to(device)
+        return send(positions, device), send(places, device)
 
     def _per_patch(self, parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
         """Lay one (h·w, …) tensor a picture out as (B, P, …), zeros where padded."""
@@ -258,7 +259,7 @@ class VisualFeatures:
             start = filled[span.sample]
             laid[span.sample, start : start + span.length] = part
             filled[span.sample] += span.length
-        return laid.to(self.values.device)
+        return send(laid, self.values.device)
 
     def grids(self, sample: int) -> tuple[tuple[int, int], ...]:
         """Return the (h, w) of each picture of a sample, in prompt order."""
@@ -292,7 +293,7 @@ class VisualFeatures:
             self.values,
             tuple(replace(self.images[index], sample=row) for row, index in kept),
             len(samples),
-            None if tokens is None else tokens[indices],
+            None if tokens is None else tokens[tensor_on(indices, tokens.device, torch.long)],
             None if look is None else partial(_look_at_chosen, look, kept, len(samples)),
         )
 
@@ -334,16 +335,9 @@ class VisualFeatures:
         tokens = self.global_tokens
         return replace(
             self,
-            values=_moved(self.values, device, dtype),
-            global_tokens=None if tokens is None else _moved(tokens, device, dtype),
+            values=send(self.values, device, dtype),
+            global_tokens=None if tokens is None else send(tokens, device, dtype),
         )
-
-
-def _moved(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    if device.type == "cuda" and values.device.type == "cpu":
-        # From pinned memory a GPU fetches them by itself, when it comes to it.
-        return values.pin_memory().to(device=device, dtype=dtype, non_blocking=True)
-    return values.to(device=device, dtype=dtype)
 
 
 def _look_at_chosen(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ipn_core.clock import Clock
@@ -21,6 +20,7 @@ from ipn_core.stages import (
     VisualMessage,
 )
 from ipn_core.state import LookRecord, State
+from ipn_core.transfer import tensor_on
 
 if TYPE_CHECKING:
     from ipn_core.model import IPN
@@ -46,7 +46,7 @@ def at_request(
     states = hidden[-1] if layer == count else hidden[layer]
     rows = [look.row for look in looks]
     if rows != list(range(states.shape[0])):
-        states = states[torch.tensor(rows, device=states.device)]
+        states = states[tensor_on(rows, states.device)]
     return states[:, -segment.request :].to(model.stage_dtype)
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ipn_core.sharing import contents
+from ipn_core.transfer import send
 
 if TYPE_CHECKING:
     from ipn_core.model import IPN
@@ -114,7 +115,7 @@ class PrefixCache:
         for index, layer in enumerate(self.model.backbone.layers):
             device = next(layer.parameters()).device
             state.cache.update(keys[index].to(device), values[index].to(device), index)
-        state.mask = segment.mask.to(embeds.device)
+        state.mask = send(segment.mask, embeds.device)
         layers = entries[0].hidden
         return {i: torch.stack([entry.hidden[i] for entry in entries]) for i in layers}
 

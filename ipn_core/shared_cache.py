@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ipn_core.growing_cache import GrowingLayer
+from ipn_core.transfer import send, tensor_on
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -57,15 +59,15 @@ class Beginning:
         """P."""
         return int(self.keys.shape[2])
 
-    def groups(self) -> Iterator[tuple[int, list[int] | None]]:
-        """Yield each beginning with its rows, None for all."""
+    @cached_property
+    def groups(self) -> list[tuple[int, Tensor | None]]:
+        """Each beginning with its rows, None for all."""
         if len(self.keys) == 1:
-            yield 0, None
-            return
-        for one in range(len(self.keys)):
-            mine = [row for row, its in enumerate(self.rows) if its == one]
-            if mine:
-                yield one, mine
+            return [(0, None)]
+        found: dict[int, list[int]] = {}
+        for row, one in enumerate(self.rows):
+            found.setdefault(one, []).append(row)
+        return [(one, tensor_on(found[one], self.keys.device)) for one in sorted(found)]
 
 
 class SharedLayer(DynamicLayer):
@@ -127,7 +129,7 @@ class SharedLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row next to itself."""
-        rows = torch.arange(len(self.keys), device=self.keys.device)
+        rows = torch.arange(len(self.keys))
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -136,7 +138,7 @@ class SharedLayer(DynamicLayer):
         # Where all rows have the same beginning, a GPU need not be asked which these are.
         rows = indices.tolist() if several else [0] * len(indices)
         self.beginnings = tuple(_selected(one, rows) for one in self.beginnings)
-        indices = indices.to(self.keys.device)
+        indices = send(indices, self.keys.device)
         self.keys, self.values = self.keys[indices], self.values[indices]
 
 
@@ -276,7 +278,7 @@ def _sums(weights: Tensor, one: Beginning) -> Tensor:
 def _by_group(rows: Tensor, one: Beginning, others: Sequence[Tensor]) -> Tensor:
     """Multiply (B, H_kv, n, T, X) with the (H_kv, X, Y) that belongs to each row."""
     whole: Tensor | None = None
-    for group, mine in one.groups():
+    for group, mine in one.groups:
         some = rows if mine is None else rows[mine]
         b, H, n, T, _ = some.shape
         flat = some.transpose(0, 1).reshape(H, b * n * T, -1) @ others[group]

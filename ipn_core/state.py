@@ -13,6 +13,7 @@ from torch import Tensor
 from ipn_core.features import VisualFeatures
 from ipn_core.segments import Look, TokenCounts
 from ipn_core.stages import LayerContext, Request, VisualMessage
+from ipn_core.transfer import send, tensor_on
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -74,15 +75,18 @@ class State:
             rows: which.
             shares: whether rows may share what lies in the cache; it is copied otherwise.
         """
-        from ipn_core.shared_cache import share, worth_sharing
+        from ipn_core.shared_cache import SharedLayer, share, worth_sharing
 
-        index = torch.tensor(rows, device=self.mask.device)
+        known = torch.tensor(rows)
+        index = send(known, self.mask.device)
         if self.length and shares and worth_sharing(self.cache, rows):
             share(self.cache, rows)
         elif self.length:
             layers: list[Any] = self.cache.layers
             for layer in layers:
-                layer.batch_select_indices(index.to(layer.keys.device))
+                # One whose rows share something asks which they are, which the CPU knows.
+                shared = isinstance(layer, SharedLayer)
+                layer.batch_select_indices(known if shared else index.to(layer.keys.device))
         self.mask = self.mask[index]
 
     def fork(self) -> State:
@@ -116,9 +120,9 @@ class State:
             backbone: whose cache it is.
         """
         batch, caches, device = len(self.mask), keys.shape[2], keys.device
-        index = torch.tensor(rows, device=device)
+        index = tensor_on(rows, device)
         whole = (batch, *keys.shape[1:])
-        after = torch.tensor(self.lengths, device=device).unsqueeze(1)
+        after = tensor_on(self.lengths, device).unsqueeze(1)
         backbone.remember(
             keys.new_zeros(whole).index_copy(0, index, keys),
             values.new_zeros(whole).index_copy(0, index, values),
@@ -182,5 +186,5 @@ def _passed(positions: Tensor, starts: Sequence[Sequence[int]]) -> Tensor:
     width = max(map(len, starts))
     never = 1 << 30
     padded = [[*row, *[never] * (width - len(row))] for row in starts]
-    at = torch.tensor(padded, device=positions.device).reshape(len(starts), 1, width)
+    at = tensor_on(padded, positions.device).reshape(len(starts), 1, width)
     return (positions.unsqueeze(-1) >= at).sum(-1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ipn_core.attention.backend import AttentionBackend
 from ipn_core.attention.inputs import AttentionInputs
+from ipn_core.transfer import send
 
 __all__ = ["MIN_HEAD_DIM", "Flex"]
 
@@ -101,7 +102,7 @@ def _by_length(inputs: AttentionInputs) -> MayLook | None:
         return None
     keys = torch.tensor(inputs.lengths)
     if inputs.query_lengths is None:
-        ends = keys.to(inputs.q.device)
+        ends = send(keys, inputs.q.device)
 
         def inside(b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
             return n < ends[b]
@@ -109,7 +110,7 @@ def _by_length(inputs: AttentionInputs) -> MayLook | None:
         return inside
     queries = torch.tensor(inputs.query_lengths)
     mine, theirs = (
-        torch.repeat_interleave(lengths).to(inputs.q.device) for lengths in (queries, keys)
+        send(torch.repeat_interleave(lengths), inputs.q.device) for lengths in (queries, keys)
     )
 
     def same_sequence(b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:

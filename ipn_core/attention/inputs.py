@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ipn_core.errors import ShapeError
+from ipn_core.transfer import send, tensor_on
 
 __all__ = ["AttentionInputs"]
 
@@ -202,10 +203,10 @@ class AttentionInputs:
             return self.mask
         device = self.q.device
         if self.query_lengths is not None:
-            mine, theirs = (_owners(n).to(device) for n in (self.query_lengths, self.lengths))
+            mine, theirs = (send(_owners(n), device) for n in (self.query_lengths, self.lengths))
             inside = (mine[:, None] == theirs)[None, None]
         else:
-            lengths = torch.tensor(self.lengths, device=device)[:, None, None, None]
+            lengths = tensor_on(self.lengths, device)[:, None, None, None]
             inside = torch.arange(self.k.shape[1], device=device) < lengths
         return inside if self.mask is None else inside & self.mask
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from ipn_core.config import Config
 from ipn_core.stages import Dims, Request, RequestContext, Requester
+from ipn_core.transfer import send
 
 __all__ = ["Constant", "HiddenState", "HiddenStateConfig", "Shuffled"]
 
@@ -90,7 +91,7 @@ class Shuffled(HiddenState):
         apart = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
         other = apart > _SAME * flat.norm(dim=-1, keepdim=True)
         steps = (torch.arange(batch) + torch.arange(batch)[:, None]) % batch
-        rolled = other.gather(1, steps.to(other.device))
+        rolled = other.gather(1, send(steps, other.device))
         first = rolled.float().argmax(1).cpu()
         chosen = (torch.arange(batch) + first) % batch
-        return Request(hidden[chosen.to(hidden.device)], context.round, context.layer)
+        return Request(hidden[send(chosen, hidden.device)], context.round, context.layer)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ipn_core.errors import ConfigError
 from ipn_core.hooks import hookimpl
 from ipn_core.stages import VisualMessage
+from ipn_core.transfer import send
 from ipn_core.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Answers:
 
     def of(self, examples: Sequence[Example], look: int) -> Tensor:
         """Return (B, D_in) the direction of what a look shall bring; zeros for unknown targets."""
-        index = self.index(examples, look).to(self.directions.device)
+        index = send(self.index(examples, look), self.directions.device)
         known = (index >= 0).unsqueeze(1)
         return self.directions[index.clamp(min=0)] * known
 

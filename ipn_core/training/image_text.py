@@ -12,6 +12,7 @@ from torch import Tensor
 from ipn_core.stages import Connector
 from ipn_core.training.answers import directions
 from ipn_core.training.objectives import Objective, request_of
+from ipn_core.transfer import send
 
 if TYPE_CHECKING:
     from ipn_core.model import IPN
@@ -70,12 +71,12 @@ class ImageText(Objective):
             return torch.cat(list(self._tokens(batch))).sum() * 0.0
         tokens = self._tokens(batch.select(rows))
         scores = torch.stack([self._scores(one) for one in tokens])  # (n, words)
-        shown = torch.zeros(len(every), len(self.words), device=scores.device)
+        shown = torch.zeros(len(every), len(self.words))
         for row, index in enumerate(every):
             shown[row, [self.words[word] for word in batch.step[index].shown]] = 1
-        targets = shown[[index in place for index in every]]
+        targets = send(shown[[index in place for index in every]], scores.device)
         # Most pairs are negative; both kinds get half the weight.
-        share = shown.mean()
+        share = send(shown.mean(), scores.device)
         weight = torch.where(targets > 0, 0.5 / share, 0.5 / (1 - share)).clamp(max=50)
         return F.binary_cross_entropy_with_logits(scores, targets, weight)
 

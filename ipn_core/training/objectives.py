@@ -29,6 +29,7 @@ from ipn_core.stages import RequestContext, VisualMessage
 from ipn_core.training.answers import Answers, Told, looking, targets
 from ipn_core.training.data import Batch, DataSource, prompt_of
 from ipn_core.training.requests import read_requests
+from ipn_core.transfer import send, tensor_on
 
 if TYPE_CHECKING:
     from ipn_core.model import IPN
@@ -137,7 +138,7 @@ class RequestImage(Objective):
             return (text.sum() + patches.sum()) * 0.0
         place = {index: i for i, index in enumerate(batch.mine)}
         own = [place[index] for index in rows]
-        asking = replace(request, values=request.values[own])
+        asking = replace(request, values=request.values[tensor_on(own, request.values.device)])
         features = batch.features_of(pictures)
         text, patches = self.model.interaction.shared_space(asking, features)
         scores = 16 * torch.einsum("qw,npw->qnp", text, features.spread(patches))
@@ -145,12 +146,11 @@ class RequestImage(Objective):
         asking_anywhere = [i for i, e in enumerate(batch.step) if e.names]
         shown = [set(batch.step[i].shown) for i in pictures]
         every = torch.tensor(
-            [[float(set(batch.step[i].names) <= s) for s in shown] for i in asking_anywhere],
-            device=scores.device,
+            [[float(set(batch.step[i].names) <= s) for s in shown] for i in asking_anywhere]
         )
-        share = every.mean()
+        share = send(every.mean(), scores.device)
         mine = set(rows)
-        targets = every[[i in mine for i in asking_anywhere]]
+        targets = send(every[[i in mine for i in asking_anywhere]], scores.device)
         # Most pairs are negative; both kinds get half the weight.
         weight = torch.where(targets > 0, 0.5 / share, 0.5 / (1 - share))
         weight = weight.nan_to_num(0.5, 0.5, 0.5).clamp(max=50)
@@ -211,7 +211,7 @@ class AnswerEmbedding(_TowardsAnswers):
         """Compare every token of the messages with every target."""
         found = self._compare(batch, request)
         logits = torch.cat([x for _, x, _ in found]).flatten(0, 1)
-        wanted = torch.cat([x for *_, x in found]).to(logits.device)
+        wanted = send(torch.cat([x for *_, x in found]), logits.device)
         tokens = len(logits) // len(wanted)
         wanted = wanted.repeat_interleave(tokens)
         cosines = logits.gather(1, wanted.unsqueeze(1)) / self.sharpness
@@ -470,7 +470,7 @@ def request_of(model: IPN, batch: Batch, look: int = 0, answers: Answers | None 
         part = batch if len(rows) == len(batch.examples) else batch.select(rows)
         hidden = read_requests(model, part.examples, part.features, look, answers)
     context = RequestContext(
-        hidden.to(model.backbone.device, model.stage_dtype), rows, look, model.requester.layer
+        send(hidden, model.backbone.device, model.stage_dtype), rows, look, model.requester.layer
     )
     request: Request = model.call("request", context=context)
     return request

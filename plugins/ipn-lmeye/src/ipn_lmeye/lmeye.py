@@ -15,6 +15,7 @@ from ipn_core.config import Config
 from ipn_core.features import VisualFeatures
 from ipn_core.pretrained import load_named, quiet
 from ipn_core.stages import Dims, Interaction, Request, VisualMessage
+from ipn_core.transfer import tensor_on
 
 __all__ = ["LMEye", "LMEyeConfig"]
 
@@ -119,8 +120,8 @@ class LMEye(Interaction):
         places = [[0, min(length + self.dims.K + 1, last)] for length in features.lengths]
         # CLIP's vocabulary ends with the two.
         words = embeddings.token_embedding.num_embeddings
-        both = torch.tensor([[words - 2, words - 1]], device=device).expand(len(places), -1)
-        ends: Tensor = embeddings(both, torch.tensor(places, device=device))
+        both = tensor_on([[words - 2, words - 1]], device).expand(len(places), -1)
+        ends: Tensor = embeddings(both, tensor_on(places, device))
         return ends[:, :1], ends[:, 1:]
 
 

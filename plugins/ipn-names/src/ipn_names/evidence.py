@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ipn_core import VisualFeatures
+from ipn_core.transfer import send
 from ipn_names.windows import WINDOWS, pooling
 
 __all__ = ["Evidence"]
@@ -30,7 +31,7 @@ class Evidence:
         rows: list[list[Tensor]] = [[] for _ in range(features.batch)]
         for index, span in enumerate(features.images):
             own = self._logits[span.offset : span.offset + span.length]
-            parts = pooling(span.grid).to(own) @ own
+            parts = send(pooling(span.grid), own.device, own.dtype) @ own
             tokens = features.global_tokens
             whole = own.mean(0) if tokens is None else tokens[index].float()
             rows[span.sample].append(torch.cat([whole.unsqueeze(0), parts]).softmax(-1))
@@ -51,7 +52,7 @@ class Evidence:
         parts: list[list[Tensor]] = [[] for _ in range(features.batch)]
         for span in features.images:
             own = self._logits[span.offset : span.offset + span.length].softmax(-1)
-            within = pooling(span.grid).to(own)
+            within = send(pooling(span.grid), own.device, own.dtype)
             within = torch.cat([within.new_full((1, span.length), 1 / span.length), within])
             shown = own @ wanted[span.sample]
             shown = shown / shown.max().clamp(min=1e-12) + _LEAST

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ipn_core import Config, Dims, Interaction, Request, VisualFeatures, VisualMessage
+from ipn_core.transfer import tensor_on
 from ipn_core.vocabulary import Vocabulary
 from ipn_core.whitening import Whitening
 from ipn_names.evidence import Evidence
@@ -216,9 +217,10 @@ class _Look:
         placed, where = self._where(names.centres, there)
         self.shares = torch.cat([named, there, placed], dim=1)
         sizes = [part.shape[1] for part in (named, there, placed)]
-        self.shares = self.shares * kinds.repeat_interleave(
-            torch.tensor(sizes, device=kinds.device), dim=1
+        share = torch.repeat_interleave(
+            kinds, tensor_on(sizes, kinds.device), dim=1, output_size=sum(sizes)
         )
+        self.shares = self.shares * share
         choices = torch.stack([what, whether + sizes[0], where + sizes[0] + sizes[1]], dim=1)
         self.chosen = choices.gather(1, self._kind.unsqueeze(1)).squeeze(1)
 
@@ -226,7 +228,8 @@ class _Look:
         """Return the shares (B, 2 C) of names and guesses, and the choice among them."""
         windows = self._evidence.windows
         by_place = torch.stack(
-            [windows[:, :, shown].amax((1, 2)) for shown in _SHOWN], dim=1
+            [windows[:, :, tensor_on(shown, windows.device)].amax((1, 2)) for shown in _SHOWN],
+            dim=1,
         )  # (B, 10, C)
         mixed = torch.einsum("bp,bpc->bc", places, by_place)
         likely = by_place[torch.arange(len(places), device=places.device), self._place]
@@ -249,7 +252,7 @@ class _Look:
         """Return the shares (B, 10) of the nine cells and of nowhere, and the choice."""
         weight = self._likely[:, :, 1:].square().sum(1)
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-18)
-        axis = weight.new_tensor(_AXIS)
+        axis = tensor_on(_AXIS, weight.device, weight.dtype)
         centre = weight @ centres.to(weight)  # (B, 2)
         near = (-((centre.unsqueeze(-1) - axis) ** 2) * _CUT**2).softmax(-1)  # (B, 2, 3)
         cells = (near[:, 0, :, None] * near[:, 1, None, :]).flatten(1)

@@ -16,6 +16,7 @@ from ipn_core.config import Config
 from ipn_core.features import VisualFeatures
 from ipn_core.locate import locate_weights
 from ipn_core.stages import Connector, Dims, PerceiveContext, VisionEncoder
+from ipn_core.transfer import tensor_on
 
 __all__ = ["NORM_EPS", "InstructionConfig", "QFormer", "QFormerConfig"]
 
@@ -174,7 +175,7 @@ class QFormer(Connector):
         if self.words is not None and self.positions is not None:
             longest = max(len(question) for question in ids)
             padded = [[*question, *[0] * (longest - len(question))] for question in ids]
-            placed = torch.tensor(padded, device=tokens.device).long().reshape(len(ids), longest)
+            placed = tensor_on(padded, tokens.device).long().reshape(len(ids), longest)
             tokens = torch.cat([tokens, self.words(placed) + self.positions.weight[:longest]], 1)
         lengths = [count + len(question) for question in ids]
         tokens = self.dropout(self.norm(tokens))  # (n, S + T, W)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ipn_core import Config, VisualFeatures
 from ipn_core.features import ImageSpan
 from ipn_core.positions import cosines
+from ipn_core.transfer import send
 
 __all__ = ["Guide", "GuideConfig", "Guided"]
 
@@ -178,7 +179,8 @@ class Guide(nn.Module):
     def _evidence(self, similarity: Tensor, mask: Tensor) -> Tensor:
         """Say (B, W) whether the pictures show what is named: bumps along the best similarity."""
         best = similarity.masked_fill(~mask, -1e4).logsumexp(-1)
-        bumps = (-(((best.unsqueeze(-1) - _EVIDENCE.to(best)) / 2) ** 2)).exp()
+        line = send(_EVIDENCE, best.device, best.dtype)
+        bumps = (-(((best.unsqueeze(-1) - line) / 2) ** 2)).exp()
         told: Tensor = self.evidence_in(bumps)
         return told
 

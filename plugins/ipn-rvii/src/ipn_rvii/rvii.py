@@ -13,6 +13,7 @@ from ipn_core import Config, Dims, Interaction, Request, VisualFeatures, VisualM
 from ipn_core.attention import attend
 from ipn_core.errors import ConfigError
 from ipn_core.positions import cosines
+from ipn_core.transfer import tensor_on
 from ipn_core.whitening import Whitening, whiten
 from ipn_rvii.guide import Guide, GuideConfig, Guided
 
@@ -309,8 +310,9 @@ class _Attention(nn.Module):
 
     def _shown(self, seen: Tensor, log_maps: Tensor | None) -> Tensor:
         """Average the heads of (B, H, M, P): the guided ones where there are maps to follow."""
-        shown = seen if log_maps is None else seen[:, self.guided]
-        return shown.mean(1)
+        if log_maps is not None:
+            seen = seen.index_select(1, tensor_on(self.guided, seen.device))
+        return seen.mean(1)
 
 
 def _mlp(width: int, ratio: float) -> nn.Sequential:

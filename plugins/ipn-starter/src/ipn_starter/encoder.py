@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ipn_core.config import Config
 from ipn_core.stages import EncodedImage, VisionEncoder
+from ipn_core.transfer import send
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -97,7 +98,7 @@ def feature_maps(net: Any, images: Sequence[Image.Image], size: tuple[int, int])
 
     resized = [np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images]
     weight = next(net.parameters())
-    pixels = torch.from_numpy(np.stack(resized)).to(weight.device)
+    pixels = send(torch.from_numpy(np.stack(resized)), weight.device)
     scaled = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     maps: Tensor = net.extract_features(scaled.to(weight.dtype, memory_format=torch.channels_last))
     return maps

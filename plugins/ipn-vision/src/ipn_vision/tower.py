@@ -15,6 +15,7 @@ from torch import Tensor
 from ipn_core.config import Config
 from ipn_core.errors import ConfigError
 from ipn_core.stages import EncodedImage, VisionEncoder
+from ipn_core.transfer import send
 from ipn_vision.digest import Digest
 from ipn_vision.loading import fetch, load_tower
 from ipn_vision.pixels import WHOLE, build_processor, read_settings, visible
@@ -157,7 +158,7 @@ class VisionTower(VisionEncoder):
         weight = next(self.tower.parameters())
         inputs: dict[str, Any] = {}
         for name in prepared[0]:
-            joined = torch.cat([one[name] for one in prepared]).to(weight.device)
+            joined = send(torch.cat([one[name] for one in prepared]), weight.device)
             inputs[name] = joined.to(weight.dtype) if joined.is_floating_point() else joined
         pixels = inputs["pixel_values"]
         shapes = inputs.get("spatial_shapes")

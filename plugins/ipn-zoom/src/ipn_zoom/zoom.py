@@ -14,6 +14,7 @@ from torch import Tensor
 from ipn_core import Dims, Request, VisualFeatures, VisualMessage
 from ipn_core.errors import ShapeError
 from ipn_core.features import Box, ImageSpan
+from ipn_core.transfer import send, tensor_on
 from ipn_zoom.boxes import boxes, inside, inside_boxes
 
 __all__ = ["Zoom", "ZoomConfig"]
@@ -106,7 +107,7 @@ class Zoom(RVII):
         chosen = self.choose(shares, rows)
         closer, patches = self._closer(features, rows, chosen)
         maps = torch.cat([guided.log_maps, shares.log().to(guided.log_maps)], dim=2)
-        index = patches.to(maps.device).unsqueeze(1).expand(-1, maps.shape[1], -1)
+        index = send(patches, maps.device).unsqueeze(1).expand(-1, maps.shape[1], -1)
         guided = Guided(maps.gather(2, index), guided.findings)
         message = self.read(asked, closer, guided, request.return_map)
         if message.attention is None:
@@ -129,9 +130,10 @@ class Zoom(RVII):
         count = each * max(map(len, rows), default=0)
         shares = maps.new_ones(*maps.shape[:2], count)
         for (grid, start, place), mine in alike.items():
-            area = inside_boxes(grid, self.config.boxes, self.config.overlapping).to(maps.device)
-            looked = maps[mine, :, start : start + len(area)] @ area
-            shares[mine, :, place * each : (place + 1) * each] = looked
+            area = inside_boxes(grid, self.config.boxes, self.config.overlapping)
+            area, some = send(area, maps.device), tensor_on(mine, maps.device)
+            looked = maps[some, :, start : start + len(area)] @ area
+            shares[some, :, place * each : (place + 1) * each] = looked
         return shares
 
     def choose(self, shares: Tensor, rows: Sequence[Sequence[_Shown]]) -> list[list[int]]:
@@ -142,7 +144,7 @@ class Zoom(RVII):
             noise = torch.empty_like(scores).exponential_().log()
             scores = scores - self.config.explore * noise
         counts = [len(shown) * len(self.boxes) for shown in rows]
-        real = order < torch.tensor(counts, device=order.device).unsqueeze(1)
+        real = order < tensor_on(counts, order.device).unsqueeze(1)
         scores = scores.masked_fill(~real, float("-inf"))
         count = min(self.config.regions, scores.shape[1])
         best: list[list[int]] = scores.topk(count).indices.tolist()
@@ -214,7 +216,8 @@ def _folded(
     for crop in closer.images[len(features.images) :]:
         row, start = crop.sample, at[crop.sample]
         whole = next(one for one in rows[row] if one.span.place == crop.place)
-        covers = inside(crop.grid, crop.box, whole.span.grid).to(attention)
+        covers = inside(crop.grid, crop.box, whole.span.grid)
+        covers = send(covers, attention.device, attention.dtype)
         on = slice(whole.start, whole.start + whole.span.length)
         folded[row, :, on] += attention[row, :, start : start + crop.length] @ covers
         at[row] += crop.length
