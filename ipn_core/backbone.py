@@ -243,7 +243,7 @@ class Backbone(nn.Module):
         return table.detach()
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Look tokens up: ids (B, T) -> (B, T, D_in)."""
+        """Look tokens up: ids (B, T) -> (B, T, D_in), which the caller may write into."""
         embedded: Tensor = self.lm.get_input_embeddings()(ids)
         return embedded
 

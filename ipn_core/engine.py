@@ -301,6 +301,8 @@ class Engine:
         with self.model.driving("embed"):
             embeds = backbone.embed(send(segment.ids, backbone.device))
         fillings = self._fillings(segment, percept, filled)
+        if not torch.is_grad_enabled():
+            return _write(embeds, fillings)
         index = [(f.row, f.start + i) for f in fillings for i in range(len(f.values))]
         if not index:
             return embeds
@@ -412,6 +414,19 @@ class Engine:
     @staticmethod
     def _count(state: State, more: Tensor) -> None:
         state.lengths = [n + m for n, m in zip(state.lengths, more.tolist(), strict=True)]
+
+
+def _write(embeds: Tensor, fillings: Sequence[_Filling]) -> Tensor:
+    """Fill slots of embeddings (B, L, D_in) that the backbone has just made, without a copy."""
+    if embeds.untyped_storage().nbytes() != embeds.nbytes:
+        embeds = embeds.clone()  # they lie, at least in part, in what is not theirs alone
+    for row, start, values, added in fillings:
+        slots = embeds[row, start : start + len(values)]
+        if added is None:
+            slots.copy_(values)
+        else:
+            torch.add(values, added, out=slots)
+    return embeds
 
 
 def _chosen(states: Tensor, where: Tensor) -> Tensor:

@@ -163,6 +163,15 @@ def careless(
 tiny_extend = type(tiny_backbone("llama")).extend
 
 
+def remembering(self: Any, ids: Any) -> Any:
+    if not hasattr(self, "remembered"):
+        self.remembered = tiny_embed(self, ids)
+    return self.remembered
+
+
+tiny_embed = type(tiny_backbone("llama")).embed
+
+
 def single(self: Any, last: Any) -> Any:
     return self.lm.get_output_embeddings()(last)
 
@@ -185,6 +194,7 @@ def train(self: Any, mode: bool = True) -> Any:
 
 BACKBONES = [
     ({"D_out": property(lambda self: 7)}, "test_its_sizes", "D_out 7"),
+    ({"embed": remembering}, "test_its_embeddings_are_its_callers", "later tokens"),
     ({"extend": forgetful}, "test_segments_equal_the_whole", "differ by"),
     ({"extend": careless}, "test_padding_on_the_left_changes_nothing", "differ by"),
     ({"train": train}, "test_it_stays_frozen", "train mode"),

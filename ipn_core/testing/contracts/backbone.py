@@ -70,6 +70,19 @@ class BackboneContract(ComponentContract):
             assert width == backbone.D_out, f"the last is {width} wide, D_out {backbone.D_out}"
 
     @torch.no_grad()
+    def test_its_embeddings_are_its_callers(self) -> None:
+        """Whoever has tokens looked up may write into what comes back."""
+        with clause("its embeddings are its caller's", "return a tensor of its own from `embed`."):
+            backbone = self.build()
+            ids = self.ids(backbone)
+            first = backbone.embed(ids)
+            expected = first.clone()
+            first.zero_()
+            assert torch.equal(backbone.embed(ids), expected), (
+                "what is written into embeddings stands in those of later tokens"
+            )
+
+    @torch.no_grad()
     def test_segments_equal_the_whole(self) -> None:
         """Two segments over one cache give the logits of the model's own forward."""
         with clause(
