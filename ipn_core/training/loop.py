@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ipn_core.errors import ConfigError, TrainingError
 from ipn_core.prefixes import PrefixCache
+from ipn_core.training.ahead import Ahead
 from ipn_core.training.checks import awake, check_gradients, finite_gradients, first_bad
 from ipn_core.training.data import Batch, Data, DataSource, Whole, known_features, make_batch
 from ipn_core.training.guards import Pinned, check_batch, check_finite, first_not_finite
@@ -124,6 +125,7 @@ class StageRun:
         self.seed = seed
         self.step = 0
         self._ready: tuple[int, list[Batch] | Exception] | None = None
+        self._ahead = Ahead(accelerator.device)
         self.pinned = Pinned()
         self.trained = choose(model, stage.train, stage.freeze)
         objectives = build_objectives(stage, model, data, registry)
@@ -292,13 +294,16 @@ class StageRun:
         parts: list[dict[str, Tensor]] = []
         batches = self._take()
         count = len(batches[0].step)
-        for batch, share in zip(batches, self._shares(batches), strict=True):
-            last = batch is batches[-1]
+        following = [*batches[1:], None]
+        for batch, share, after in zip(batches, self._shares(batches), following, strict=True):
+            last = after is None
             waiting = contextlib.nullcontext() if last else self.accelerator.no_sync(self.losses)
             with waiting:
                 total, terms = self._losses(self._to_device(batch), share)
                 self.accelerator.backward(total / self.stage.accumulate)
             parts.append({"loss": total.detach(), **terms})
+            if after is not None:
+                self._ahead.send(after)
         if self.step + 1 < self.stage.steps:
             self._prepare(self.step + 1)  # a GPU still works on these, until their losses are read
         totals = {
@@ -386,7 +391,9 @@ class StageRun:
     def _prepare(self, step: int) -> None:
         """Make a step's batches; what goes wrong is no fault of the step before, and told later."""
         try:
-            self._ready = step, self._batches(step)
+            batches = self._batches(step)
+            self._ahead.send(batches[0])
+            self._ready = step, batches
         except Exception as error:
             self._ready = step, error
 
@@ -434,8 +441,7 @@ class StageRun:
 
     def _to_device(self, batch: Batch) -> Batch:
         """Make a batch ready for the model: features on its device, and where prefixes are kept."""
-        features = batch.features.to(self.accelerator.device)
-        return replace(batch, features=features, prefixes=self.prefixes)
+        return replace(self._ahead.take(batch), prefixes=self.prefixes)
 
     def _seed(self) -> None:
         """Let all noise of a step follow from seed, stage, step and process."""
