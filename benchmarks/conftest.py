@@ -25,9 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how many shapes of a grid: by default the usual ones on a CPU, all on CUDA",
     )
     group.addoption("--row-seconds", type=float, help="about how long a row is timed")
-    group.addoption(
-        "--threads", type=int, help="of the CPU: by default one a core, fewer on a busy machine"
-    )
+    group.addoption("--threads", type=int, help="of the CPU: by default one a CPU that may be used")
     group.addoption(
         "--results", type=Path, default=FOLDER, metavar="DIR", help="where results are written"
     )

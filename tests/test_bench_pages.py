@@ -204,7 +204,7 @@ def test_documents_that_ask_are_found_and_ask_for_known_sections() -> None:
 
     found = asked()
     assert ROOT / "docs" / "benchmarks.md" in found
-    known = {"attention", "modules", "peaks", "engine", "training", "floor", "decoding"}
+    known = {"attention", "modules", "peaks", "engine", "training", "floor", "decoding", "threads"}
     for path in found:
         text = path.read_text(encoding="utf-8")
         names = [name for _, name in BEGINS.findall(text)]

@@ -48,7 +48,7 @@ def compare(
     ] = Where.local,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", min=1, help="Jobs at once; one a GPU or one a core otherwise."),
+        typer.Option("--workers", min=1, help="Jobs at once; one a GPU or one a CPU otherwise."),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -59,6 +59,7 @@ def compare(
     from ipn_core.cli.terminal import quiet
     from ipn_core.config import load_yaml
     from ipn_core.memory import keep_freed_memory
+    from ipn_core.processors import limit_threads
 
     folder = out or Path("runs") / config.stem
     check_folder("--out", folder)
@@ -68,6 +69,7 @@ def compare(
         from ipn_core.comparison.run import Comparison
 
         keep_freed_memory()
+        limit_threads()
         values = load_yaml(config, overrides or [])
         if seeds is not None:
             values["seeds"] = seeds

@@ -111,7 +111,12 @@ def _device() -> tuple[dict[str, Any], Exception | None]:
         import torch
     except Exception as error:  # a broken binary raises OSError, ImportError or its own
         return found, error
+    from ipn_core.processors import allowed_threads, limit_threads
+
+    limit_threads()
     found["threads"] = torch.get_num_threads()
+    allowed = allowed_threads()
+    found["threads_by"] = allowed.source if allowed.number == found["threads"] else "torch's choice"
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         found["name"] = "cuda"
@@ -158,6 +163,8 @@ def _print_findings(found: Mapping[str, Any]) -> None:
     memory = device.pop("memory_bytes", None)
     if memory:
         device["memory"] = f"{memory['free'] / 1e9:.1f} of {memory['total'] / 1e9:.1f} GB free"
+    if "threads" in device:
+        device["threads"] = f"{device['threads']}, by {device.pop('threads_by')}"
     _section(console, "device", device)
     _section(
         console,

@@ -173,7 +173,9 @@ def load_model(
     """
     from ipn_core.placing import device_of, dtype_on, place
     from ipn_core.plugins import get_registry
+    from ipn_core.processors import limit_threads
 
+    limit_threads()
     dtype_on(device_of(device), dtype)  # refuses what there is not before anything is fetched
     registry = get_registry()
     known = registry.entries("weights")

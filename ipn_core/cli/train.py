@@ -31,6 +31,7 @@ def train(
     from ipn_core.cli.loading import check_folder
     from ipn_core.cli.terminal import quiet
     from ipn_core.memory import keep_freed_memory
+    from ipn_core.processors import limit_threads
 
     if out is not None:
         check_folder("--out", out)
@@ -38,6 +39,7 @@ def train(
         from ipn_core.training.run import train as run
 
         keep_freed_memory()
+        limit_threads()
         folder = run(config, overrides or [], resume=resume, out=out)
     if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher started
         print(folder)

@@ -17,6 +17,7 @@ import torch
 from ipn_core.comparison.job import Job, run_job_in_own_process
 from ipn_core.errors import IPNError, UserError, first_line
 from ipn_core.interrupts import ending_on_sigterm
+from ipn_core.processors import allowed_cpus
 
 __all__ = ["EXECUTORS", "Executor", "Local", "Ray"]
 
@@ -33,9 +34,9 @@ class Executor(ABC):
         """Choose how many jobs run at once.
 
         Args:
-            workers: by default one a GPU, or one a core where there is none.
+            workers: by default one a GPU, or where there is none one a CPU that may be used.
         """
-        self.workers = workers or torch.cuda.device_count() or os.cpu_count() or 1
+        self.workers = workers or torch.cuda.device_count() or allowed_cpus().number
 
     @abstractmethod
     def run(self, jobs: Sequence[Job], ended: Callable[[Job, str | None], object]) -> None:

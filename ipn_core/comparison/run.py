@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -29,6 +28,7 @@ from ipn_core.errors import CheckpointError, ConfigError, DataError, TrainingErr
 from ipn_core.files import atomic_write, make_folder, remove_unfinished
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry, get_registry
+from ipn_core.processors import allowed_cpus, allowed_threads
 from ipn_core.tasks import open_task
 from ipn_core.training.data import known_features
 from ipn_core.training.features import FeatureCache
@@ -81,7 +81,7 @@ class Comparison:
         self.digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()
         self._check_folder(resume)
         self.executor = executor or Local()
-        self.threads = max(1, (os.cpu_count() or 1) // self.executor.workers)
+        self.threads = _threads(self.executor.workers)
         self._check_questions()
 
     def _check_folder(self, resume: bool) -> None:
@@ -256,7 +256,7 @@ class Comparison:
             "commit": _commit(),
             "seeds": f"0 to {self.config.seeds - 1}",
             "jobs": f"{len(jobs)}, {self.executor.workers} at once, {self.threads} threads each",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_device()}",
+            "machine": f"{platform.machine()}, {allowed_cpus().number} cores, {_device()}",
             "versions": ", ".join(
                 [f"python {platform.python_version()}", f"ipn-core {version('ipn-core')}"]
                 + [f"{name} {version(name)}" for name in packages]
@@ -274,6 +274,12 @@ class Comparison:
 
     def _note(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _threads(workers: int) -> int:
+    """Return the threads of each of so many jobs at once: their share, unless the user set it."""
+    cpus, threads = allowed_cpus(), allowed_threads()
+    return max(1, cpus.number // workers) if threads == cpus else threads.number
 
 
 def _commit() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from ipn_core.benchmarking.turns import turns
+from ipn_core.processors import allowed_threads
 
 __all__ = ["Timed", "collected", "in_turn", "ratios", "threads", "timing"]
 
@@ -24,9 +24,9 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Let so many threads work inside the block, by default one a core."""
+    """Let so many threads work inside the block, by default one a CPU that may be used."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or os.cpu_count() or 1)
+    torch.set_num_threads(count or allowed_threads().number)
     try:
         yield
     finally:

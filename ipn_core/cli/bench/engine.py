@@ -24,7 +24,7 @@ def engine(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Fewer than a core each, on a busy machine."),
+        typer.Option(min=1, metavar="N", help="By default one for each CPU that may be used."),
     ] = None,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="Where all of it runs: cpu, cuda or cuda:1.")
