@@ -60,4 +60,4 @@ def test_threads(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[s
         session = Session()
         found = measure(setup_first_token(session.backbone, PREFIX), number, 12)
         torch.set_num_threads(number)  # which the results are named after
-        report(SECTION, session.llm, [found], request, capsys)
+        report(SECTION, session.llm, [found], "cpu", request, capsys)
