@@ -21,6 +21,7 @@ from ipn_core.processors import allowed_threads
 
 PREFIX = 128
 SECTION = "threads"
+REPEATS, SHORT = 12, 3
 
 
 def measure(case: Case, number: int, repeats: int) -> Found:
@@ -58,6 +59,7 @@ def test_threads(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[s
     number = allowed_threads().number
     with threads(number):
         session = Session()
-        found = measure(setup_first_token(session.backbone, PREFIX), number, 12)
+        repeats = SHORT if request.config.getoption("--grid") == "short" else REPEATS
+        found = measure(setup_first_token(session.backbone, PREFIX), number, repeats)
         torch.set_num_threads(number)  # which the results are named after
         report(SECTION, session.llm, [found], "cpu", request, capsys)

@@ -60,8 +60,9 @@ class Decoding:
         return torch.cat(tokens, dim=1)[0].tolist()
 
 
-def measure(lm: Any, repeats: int, compiles: bool) -> Found:
+def measure(llm: Any, repeats: int, compiles: bool) -> Found:
     """Time all ways against the cache that grows."""
+    lm = llm.lm
     decoding = Decoding(lm)
     ways: dict[str, Callable[[], list[int]]] = {
         "dynamic": decoding.dynamic,

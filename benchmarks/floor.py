@@ -124,8 +124,9 @@ def packed(lm: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def measure(lm: Any, repeats: int, compiles: bool) -> Found:
+def measure(llm: Any, repeats: int, compiles: bool) -> Found:
     """Time all ways against the plain one."""
+    lm = llm.lm
     floor = Floor(lm)
     expected, _ = floor.plain()
     ways: dict[str, Callable[[], tuple[Tensor, Timed]]] = {"plain": floor.plain}

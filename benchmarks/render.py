@@ -5,7 +5,7 @@
 
 A document asks for a section by two lines, `<!-- results attention: begin -->` and
 `<!-- results attention: end -->`; whatever stands between them is replaced. A section that no
-device has is said to be missing there.
+device has is said to be missing there. A sentence about one (`EXCERPTS`) is asked for the same way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.pages import fill
 from benchmarks.plots import draw
 from benchmarks.results import FOLDER
-from benchmarks.tables import SUMMARIES, everything, measured_on, rows_of
+from benchmarks.tables import EXCERPTS, SUMMARIES, everything, measured_on, notes_of, rows_of
 from ipn_core.benchmarking import Results
 from ipn_core.errors import IPNError
 from ipn_core.files import atomic_write
@@ -51,21 +51,25 @@ def section(name: str, measured: Measured, place: Path) -> str:
     """Return what a document shows of a section.
 
     Args:
-        name: of the section.
+        name: of the section, or of a sentence about one.
         measured: what there is.
         place: the folder that the document lies in, for links.
     """
     parts = []
+    of, excerpt = EXCERPTS.get(name, (name, None))
     for device, plots in measured:
-        if name not in device.sections:
+        if of not in device.sections:
             continue
-        mine = device.sections[name]
-        parts += [measured_on(mine), *mine.notes, SUMMARIES.get(name, rows_of)(mine)]
+        mine = device.sections[of]
+        if excerpt is not None:
+            parts.append(f"{measured_on(mine)}: {excerpt(mine)}")
+            continue
+        parts += [measured_on(mine), *notes_of(mine), SUMMARIES.get(name, rows_of)(mine)]
         for plot in SHOWS.get(name, ()):
             if plot in plots:
                 link = os.path.relpath(plots[plot], place)
                 parts.append(f"![{CAPTIONS[plot]}, {device.device}]({link})")
-    return "\n\n".join(parts) or f"Not measured yet: no device has results of '{name}'."
+    return "\n\n".join(parts) or f"Not measured yet: no device has results of '{of}'."
 
 
 def render(folder: Path, into: Sequence[Path]) -> list[Path]:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ipn_core.benchmarking import Results, Row, Section
 
-__all__ = ["SUMMARIES", "amount", "everything", "measured_on", "rows_of", "table"]
+__all__ = [
+    "EXCERPTS",
+    "SUMMARIES",
+    "amount",
+    "everything",
+    "measured_on",
+    "notes_of",
+    "rows_of",
+    "table",
+]
 
 AUTO, RATIO = "auto", "auto over the fastest"
+SLOT = re.compile(r"<[\w-]+>")
 
 
 # -- any section -----------------------------------------------------------------------------------
@@ -36,17 +47,22 @@ def measured_on(section: Section) -> str:
     return f"{device}; {with_}; {about.get('day')}; `{about.get('command')}`"
 
 
+def notes_of(section: Section) -> list[str]:
+    """Return a section's notes; what a page would take for a tag of HTML is written as code."""
+    return [SLOT.sub(r"`\g<0>`", note) for note in section.notes]
+
+
 def rows_of(section: Section) -> str:
-    """Return all rows of any section."""
+    """Return all rows of any section; `n` is how many samples each has."""
     plain = any(row.goal is not None for row in section.rows)
-    head = ["", "median", "95 % interval", *(["goal"] if plain else []), "error"]
+    head = ["", "median", "95 % interval", "n", *(["goal"] if plain else []), "error"]
     return table(head, (_cells(row, plain) for row in section.rows))
 
 
 def _cells(row: Row, goals: bool) -> list[str]:
     name = row.name.replace("|", "\\|")
     if row.median is None or row.low is None or row.high is None:
-        return [name, f"no: {'; '.join(row.reasons)}", "", *([""] if goals else []), ""]
+        return [name, f"no: {'; '.join(row.reasons)}", "", "", *([""] if goals else []), ""]
     goal = ""
     if row.goal is not None:
         bound = "at most" if row.better == "lower" else "at least"
@@ -55,6 +71,7 @@ def _cells(row: Row, goals: bool) -> list[str]:
         name,
         amount(row.median, row.unit),
         f"{amount(row.low, row.unit)} to {amount(row.high, row.unit)}",
+        str(row.samples),
         *([goal] if goals else []),
         "" if row.error is None else f"{row.error:.0e}",
     ]
@@ -225,6 +242,37 @@ def everything(results: Results) -> str:
     """Return all of a device's results as one page."""
     parts = [f"# {results.device}"]
     for name, section in results.sections.items():
-        parts += [f"## {name}", measured_on(section), *section.notes]
+        parts += [f"## {name}", measured_on(section), *notes_of(section)]
         parts.append(_WHOLE.get(name, rows_of)(section))
     return "\n\n".join(parts) + "\n"
+
+
+# -- sentences -------------------------------------------------------------------------------------
+
+
+def _first_token(section: Section) -> str:
+    """Say what a first token with a look costs beside its floor, no look, and two passes."""
+    row = "first-token-128"
+    title = next(note for note in notes_of(section) if note.startswith(f"{row}: "))
+    found = {one.name.removeprefix(f"{row}/"): one for one in section.rows}
+
+    def said(name: str) -> str:
+        one = found[name]
+        values = (one.median, one.low, one.high)
+        median, low, high = (f"{value:.2f}" for value in values if value is not None)
+        return f"{median} ({low} to {high})"
+
+    samples = found["one request round"].samples
+    sizes = title.removeprefix(f"{row}: first token, ")
+    return (
+        f"A first token with a look takes {said('one request round : its floor')} of its floor's "
+        f"time and {said('one request round : no request')} of the same words' without a look; two "
+        f"passes take {said('two passes : one request round')} of it (medians of {samples} turns, "
+        f"with their 95 % intervals; {sizes})."
+    )
+
+
+EXCERPTS: dict[str, tuple[str, Callable[[Section], str]]] = {
+    "first-token": ("engine", _first_token)
+}
+"""What documents may ask for that is a sentence: of which section, and how it is made."""

@@ -163,7 +163,7 @@ def test_every_way_to_lower_the_floor_gives_the_plain_result(
     from benchmarks import floor
 
     monkeypatch.setattr(floor, "EARLY", (1, 26))  # the second is above the toy's last layer
-    found = floor.measure(tiny_backbone("llama-gqa").lm, 2, compiles=False)
+    found = floor.measure(tiny_backbone("llama-gqa"), 2, compiles=False)
     errors = {row.name: row.error for row in found.rows if row.error is not None}
     assert len(errors) == 6
     for name, error in errors.items():

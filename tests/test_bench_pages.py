@@ -136,8 +136,39 @@ def test_the_page_of_a_device_hides_no_row(folder: Path) -> None:
     assert "| flash | 5 | needs a GPU |" in text
     assert "| film starter b1 float32 forward | 3 ms (3 ms to 3 ms) |  | no: no class |" in text
     assert "2 ms (2 ms to 2 ms) | `nn.Decoder` | 1 ms" in text
-    assert "| first-token/over floor | 1.200 | 1.200 to 1.200 | at most 1.05, **missed** |" in text
+    assert (
+        "| first-token/over floor | 1.200 | 1.200 to 1.200 | 1 | at most 1.05, **missed** |" in text
+    )
     assert "| copy 4096 bytes | 10 GB/s |" in text
+
+
+def test_a_sentence_about_a_section_is_filled_in(tmp_path: Path) -> None:
+    from benchmarks.render import render
+
+    page = tmp_path / "page.md"
+    marks = [f"<!-- results first-token: {end} -->" for end in ("begin", "end")]
+    page.write_text("\n".join(marks))
+    render(tmp_path, [page])
+    assert "Not measured yet: no device has results of 'engine'." in page.read_text()
+    samples = {
+        "one request round": [3.0, 3.0],
+        "one request round : its floor": [1.01, 1.03],
+        "one request round : no request": [1.25, 1.35],
+        "two passes : one request round": [1.5, 1.6],
+    }
+    rows = [Row.of(f"first-token-128/{name}", values) for name, values in samples.items()]
+    title = "first-token-128: first token, 128 tokens up to <img-q>"
+    section = Section(about=ABOUT, notes=("language model: x", title), rows=tuple(rows))
+    store(tmp_path / "some-cpu.json", "some-cpu", "engine", section)
+    render(tmp_path, [page])
+    assert page.read_text() == (
+        f"{marks[0]}\n"
+        "some CPU, 2 threads; torch 9.9; 2020-01-02; `it`: A first token with a look takes 1.02 "
+        "(1.01 to 1.03) of its floor's time and 1.30 (1.25 to 1.35) of the same words' without a "
+        "look; two passes take 1.55 (1.50 to 1.60) of it (medians of 2 turns, with their 95 % "
+        "intervals; 128 "
+        f"tokens up to `<img-q>`).\n{marks[1]}"
+    )
 
 
 def test_a_section_in_which_nothing_ran_is_shown_too() -> None:
@@ -201,10 +232,14 @@ def test_the_command_says_what_it_wrote_or_why_it_cannot(
 
 def test_documents_that_ask_are_found_and_ask_for_known_sections() -> None:
     from benchmarks.render import BEGINS, asked
+    from benchmarks.tables import EXCERPTS
 
     found = asked()
     assert ROOT / "docs" / "benchmarks.md" in found
-    known = {"attention", "modules", "peaks", "engine", "training", "floor", "decoding", "threads"}
+    known = {"attention", "modules", "peaks", "engine", "training", "threads", *EXCERPTS}
+    known |= {"floor", "decoding", "profiles"}
+    shown = {name for path in found for _, name in BEGINS.findall(path.read_text("utf-8"))}
+    assert shown == known  # no section is measured that no document shows
     for path in found:
         text = path.read_text(encoding="utf-8")
         names = [name for _, name in BEGINS.findall(text)]

@@ -377,7 +377,7 @@ def test_the_suite_runs_from_the_command_line(tmp_path: Path) -> None:
     suite("-m", "not gpu", "--results", str(tmp_path / "all"))
     (file,) = (tmp_path / "all").glob("*-1-threads.json")
     found = Results.read(file).sections
-    assert set(found) == {"attention", "modules", "peaks", "engine", "training"}
+    assert set(found) == {"attention", "modules", "peaks", "engine", "threads", "training"}
     assert len(found["attention"].rows) % 6 == 0
     assert "language model: a toy" in found["engine"].notes
     rows = {row.name: row for section in found.values() for row in section.rows}

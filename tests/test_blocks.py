@@ -140,6 +140,7 @@ NOT_RUN = {
     "make demo": "its three questions are run one by one, above",
     "make bench": "20 minutes alone on a machine; its benchmarks' own tests run each in short",
     "make bench-gpu": "needs a CUDA device",
+    "ipn bench engine --device cuda": "needs a CUDA device",
     "pip install 'ipn-core[demo]'": INDEX,
     "pip install 'ipn-core[serve]'": INDEX,
     "pip install 'ipn-core[ray-serve]'": INDEX,
