@@ -23,10 +23,26 @@ if TYPE_CHECKING:
 
     ImageLike: TypeAlias = Union[str, os.PathLike[str], bytes, "Image.Image", "np.ndarray"]
 
-__all__ = ["MAX_PIXELS", "check_image", "content_key", "crop", "load_image"]
+__all__ = [
+    "FORMATS",
+    "KEPT_SIDE",
+    "MAX_PIXELS",
+    "check_image",
+    "content_key",
+    "crop",
+    "load_image",
+    "shrunk",
+]
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is read, JPEG with several pictures (MPO, as phones write it) among it. Of the forty other
+formats that Pillow knows nobody sends any, and for one, EPS, it runs Ghostscript."""
 
 MAX_PIXELS = 50_000_000
 """Largest accepted width × height; larger files are refused before they are decoded."""
+KEPT_SIDE = 2048
+"""Pixels of the longer side of a picture that a server keeps: more than any encoder looks at, and
+what a stranger's picture may take of the memory while it waits is bounded."""
 _PART = 1_000_000
 """Pixels of a 16-bit picture that are scaled at once: in double precision they need eight bytes."""
 
@@ -58,18 +74,31 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
         return _to_rgb(image)
 
 
-def check_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> None:
+def check_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Find out from its beginning whether a picture can be opened; it may still be cut short.
 
     Args:
         source: as for `load_image`.
         max_pixels: the largest width × height to accept.
 
+    Returns:
+        Its width and height as they are stored, before it is turned upright.
+
     Raises:
         ImageError: the file is missing, no image, empty, or over the pixel limit.
     """
     with _explained(source, max_pixels):
-        _open(source, max_pixels)
+        width, height = _open(source, max_pixels).size
+    return width, height
+
+
+def shrunk(image: Image.Image, longest: int) -> Image.Image:
+    """Return a picture whose longer side has so many pixels at most."""
+    scale = longest / max(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height))
 
 
 @contextmanager
@@ -93,7 +122,7 @@ def _explained(source: ImageLike, max_pixels: int) -> Iterator[None]:
         raise ImageError(f"{name} may not be read. Check its permissions.") from None
     except UnidentifiedImageError:
         raise ImageError(
-            f"{name} is not an image that Pillow can read. "
+            f"{name} is not an image of a kind that is read. "
             "Give a PNG, JPEG, WebP, GIF, BMP or TIFF file."
         ) from None
     except Image.DecompressionBombError as error:
@@ -163,9 +192,9 @@ def _opened(source: ImageLike) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, bytes):
-        return Image.open(io.BytesIO(source))
+        return Image.open(io.BytesIO(source), formats=FORMATS)
     if isinstance(source, (str, os.PathLike)):
-        return Image.open(_checked(os.fspath(source)))
+        return Image.open(_checked(os.fspath(source)), formats=FORMATS)
     import numpy as np
 
     if isinstance(source, np.ndarray):

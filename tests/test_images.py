@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def test_what_is_no_ordinary_file_is_refused_unread(tmp_path: Path) -> None:
         ("a\0b", "cannot hold a null character"),
         ("x" * 5000, r"cannot be read \(File name too long\). Give the path of a picture"),
         (b"", "not an image|damaged"),
-        (b"hello", r"the image \(5 bytes\) is not an image that Pillow can read. Give a PNG"),
+        (b"hello", r"the image \(5 bytes\) is not an image of a kind that is read. Give a PNG"),
         (np.zeros((2, 2), np.float32), "must be uint8, got float32"),
         (np.zeros((2, 2, 2), np.uint8), r"must be \(h, w\), .* got \(2, 2, 2\)"),
         (np.zeros((0, 2, 3), np.uint8), "the image is empty"),
@@ -187,11 +188,44 @@ def test_a_glance_finds_what_is_no_picture_or_too_large_and_decodes_nothing(
     (tmp_path / "a.png").write_bytes(encoded(RED))
     (tmp_path / "b.png").write_text("no picture")
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    check_image(tmp_path / "a.png")
+    assert check_image(tmp_path / "a.png") == (6, 4)
     with pytest.raises(ImageError, match=r"b.png' is not an image"):
         check_image(tmp_path / "b.png")
     with pytest.raises(ImageError, match="has 6×4 pixels; at most 20 are accepted"):
         check_image(tmp_path / "a.png", max_pixels=20)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the stand-in for Ghostscript is a shell script")
+def test_no_picture_starts_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gs, called = tmp_path / "gs", tmp_path / "called"
+    gs.write_text(f"#!/bin/sh\necho $* >> {called}\ntest $1 = --version\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # what an earlier test found
+    (tmp_path / "a.png").write_bytes(EPS)
+    for source in (EPS, tmp_path / "a.png"):
+        for call in (load_image, check_image):
+            with pytest.raises(ImageError, match="is not an image of a kind that is read"):
+                call(source)
+    assert not called.exists()
+    with pytest.raises(subprocess.CalledProcessError, match="non-zero"):
+        Image.open(io.BytesIO(EPS)).load()
+    assert called.exists(), "Pillow starts it no more of its own accord, so that this shows nothing"
+
+
+@pytest.mark.parametrize("kind", ["PPM", "TGA", "ICO", "PCX", "PDF"])
+def test_other_formats_are_refused_even_those_that_pillow_knows(kind: str) -> None:
+    with pytest.raises(ImageError, match="Give a PNG, JPEG, WebP, GIF, BMP or TIFF file"):
+        load_image(encoded(RED, kind))
+
+
+def test_a_jpeg_of_several_pictures_is_read_as_phones_write_it() -> None:
+    both = encoded(RED, "MPO", save_all=True, append_images=[RED])
+    assert Image.open(io.BytesIO(both)).format == "MPO"
+    assert load_image(both).size == RED.size
 
 
 def test_a_folder_and_a_text_file_are_refused(tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipn_core.errors import ImageError, IPNError, PromptError
-from ipn_core.evaluation.overlay import shrunk
-from ipn_core.images import MAX_PIXELS, load_image
+from ipn_core.images import KEPT_SIDE, MAX_PIXELS, load_image, shrunk
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
     from ipn_core.tasks import Picture, Task
 
 __all__ = ["Sample", "draw_samples", "read_picture"]
-
-SIDE = 2048
-"""Pixels of a kept picture's longer side: what a visitor's may take of the memory is bounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +35,7 @@ def read_picture(path: str | None) -> Image.Image:
     if path is None:
         raise PromptError("there is no picture yet. Drop one, or choose an example.")
     try:
-        return shrunk(load_image(path, max_pixels=MAX_PIXELS), SIDE)
+        return shrunk(load_image(path, max_pixels=MAX_PIXELS), KEPT_SIDE)
     except IPNError as error:
         # The visitor gave it another name, and the server's folders are nobody's business.
         raise ImageError(str(error).replace(f"'{path}'", "the picture")) from None

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ipn_core.errors import UserError
-from ipn_core.evaluation.overlay import COLOURS, WHOLE, Edges, lay_over, maps_of, shrunk, strongest
+from ipn_core.evaluation.overlay import COLOURS, WHOLE, Edges, lay_over, maps_of, strongest
 from ipn_core.files import atomic_write
+from ipn_core.images import shrunk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

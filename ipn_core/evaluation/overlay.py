@@ -24,7 +24,6 @@ __all__ = [
     "blend",
     "lay_over",
     "maps_of",
-    "shrunk",
     "strongest",
     "upsample",
 ]
@@ -80,15 +79,6 @@ def maps_of(answer: Answer, pictures: int) -> list[list[NDArray[np.float32]]]:
 def strongest(maps: Iterable[Sequence[NDArray[np.float32]]]) -> float:
     """Return the largest value of all maps, which they share as the top of their colours."""
     return max((float(one.max()) for row in maps for one in row), default=0.0) or 1.0
-
-
-def shrunk(image: Image.Image, longest: int) -> Image.Image:
-    """Return a picture whose longer side has so many pixels at most."""
-    scale = longest / max(image.size)
-    if scale >= 1:
-        return image
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    return image.resize((width, height))
 
 
 def upsample(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ipn_core.clock import STAGES
 from ipn_core.errors import IPNError
-from ipn_core.evaluation.overlay import blend, lay_over, maps_of, shrunk, strongest
+from ipn_core.evaluation.overlay import blend, lay_over, maps_of, strongest
+from ipn_core.images import shrunk
 
 if TYPE_CHECKING:
     from numpy import float32
