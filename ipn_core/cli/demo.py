@@ -48,7 +48,7 @@ def demo(
     from ipn_core.cli.loading import check_extra, load_model
     from ipn_core.cli.terminal import note, quiet
     from ipn_core.plugins import get_registry
-    from ipn_core.serving.sockets import LOCAL, address_of, bound
+    from ipn_core.serving.sockets import address_of, bound, hosts_of
 
     check_extra("demo", "gradio", "uvicorn")
     # Before the model is loaded: that the port is taken should not come out late.
@@ -69,7 +69,7 @@ def demo(
                 Visits(strategies),
                 samples=samples,
                 upload=max_upload * 1_000_000,
-                hosts=LOCAL if host in LOCAL else (),
+                hosts=hosts_of(host),
             )
         socket.listen()
         note(f"{first.name} waits for questions at {address_of(host, socket)}")

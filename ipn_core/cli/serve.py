@@ -45,7 +45,7 @@ def serve(
     from ipn_core.cli.terminal import note, quiet
 
     check_extra("serve", "uvicorn", "starlette", "prometheus_client")
-    from ipn_core.serving.sockets import LOCAL, address_of, bound
+    from ipn_core.serving.sockets import address_of, bound, hosts_of
 
     # Before the model is loaded: that the port is taken should not come out late.
     with bound(host, port) as socket:
@@ -61,7 +61,7 @@ def serve(
             limits=limits,
             batch=batch,
             waiting=waiting,
-            hosts=LOCAL if host in LOCAL else (),
+            hosts=hosts_of(host),
             key=os.environ.get("IPN_API_KEY") or None,
         )
         socket.listen()

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["create_app"]
 
 _RETRY_S = 1
+_DECODED_AT_ONCE = 2
+"""Requests whose pictures are decoded at the same time: each may take 1 GB while it is."""
 _POLL_S = 0.5
 """How often it is looked whether a reader of a whole answer is still there."""
 
@@ -90,6 +92,7 @@ class _Service:
         self.name, self.limits, self.key = name, limits, key
         self.batcher = Batcher(model, size=batch, waiting=waiting, note=self._note_batch)
         self.metrics = Metrics(lambda: self.batcher.depth)
+        self._decoding = asyncio.Semaphore(_DECODED_AT_ONCE)
 
     def _note_batch(self, size: int, seconds: float) -> None:
         self.metrics.note_batch(size, seconds)
@@ -149,16 +152,19 @@ class _Service:
         if (refused := self._locked(request)) is not None:
             return refused
         body = await self._body(request)
-        # Decoding pictures takes long enough to keep others waiting.
-        asked = await run_in_threadpool(read_request, body, self.name, self.limits)
-        row, loop, ready = Row(asked), asyncio.get_running_loop(), asyncio.Event()
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
             with contextlib.suppress(RuntimeError):  # the loop is gone, and with it the reader
                 loop.call_soon_threadsafe(ready.set)
 
-        row.ready = wake
-        self.batcher.submit(row)
+        with self.batcher.place() as put:
+            async with self._decoding:
+                # Decoding pictures takes long enough to keep others waiting.
+                asked = await run_in_threadpool(read_request, body, self.name, self.limits)
+            row = Row(asked)
+            row.ready = wake
+            put(row)
         if asked.stream:
             return await self._streamed(row, ready, started)
         return await self._whole(request, row, ready, started)

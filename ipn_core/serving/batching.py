@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +58,7 @@ class Batcher:
         self.size, self.waiting, self.patience_s = size, waiting, patience_s
         self._note = note
         self._queue: deque[Row] = deque()
+        self._kept = 0
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="ipn-batcher", daemon=True)
@@ -64,28 +66,47 @@ class Batcher:
 
     @property
     def depth(self) -> int:
-        """How many requests wait."""
-        return len(self._queue)
+        """How many requests wait, those among them that are still being read."""
+        return len(self._queue) + self._kept
 
     @property
     def alive(self) -> bool:
         """Whether requests will be answered."""
         return self._thread.is_alive() and not self._closed
 
-    def submit(self, row: Row) -> None:
-        """Queue a request.
+    @contextmanager
+    def place(self) -> Iterator[Callable[[Row], None]]:
+        """Keep a place in the queue while the block reads a request, and yield what puts it there.
+
+        So that nobody's pictures are decoded who would then be sent away.
 
         Raises:
             FullError: too many wait already.
-            ClosedError: no more are taken.
+            ClosedError: no more are taken; also raised by what is yielded.
         """
         with self._changed:
             if self._closed:
                 raise ClosedError
-            if len(self._queue) >= self.waiting:
+            if self.depth >= self.waiting:
                 raise FullError
-            self._queue.append(row)
-            self._changed.notify()
+            self._kept += 1
+        taken = False
+
+        def put(row: Row) -> None:
+            nonlocal taken
+            with self._changed:
+                if self._closed:
+                    raise ClosedError
+                self._kept, taken = self._kept - 1, True
+                self._queue.append(row)
+                self._changed.notify()
+
+        try:
+            yield put
+        finally:
+            if not taken:
+                with self._changed:
+                    self._kept -= 1
 
     def close(self) -> None:
         """Take no more requests, answer those that wait, and end the thread."""

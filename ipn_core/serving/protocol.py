@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ipn_core.errors import UserError, near
-from ipn_core.images import load_image
+from ipn_core.images import KEPT_SIDE, MAX_PIXELS, check_image, load_image, shrunk
 from ipn_core.prompt import Content, Prompt, Shown, Text, Turn
 
 __all__ = ["Asked", "Limits", "RequestError", "chunk", "completion", "error_body", "read_request"]
@@ -52,13 +52,13 @@ class Limits:
     Attributes:
         body: bytes of its JSON.
         pictures: of all messages together.
-        pixels: width × height of a picture.
+        pixels: width × height, of all pictures together.
         tokens: of an answer; also what an answer has at most if it does not say.
     """
 
     body: int = 20_000_000
     pictures: int = 8
-    pixels: int = 50_000_000
+    pixels: int = MAX_PIXELS
     tokens: int = 256
 
 
@@ -67,7 +67,7 @@ class Asked:
     """A request that was read.
 
     Attributes:
-        prompt: the conversation, its pictures decoded.
+        prompt: the conversation, its pictures decoded and no larger than they are kept.
         tokens: of the answer at most.
         temperature: 0 for greedy decoding.
         top_p: of sampling.
@@ -164,6 +164,13 @@ def _prompt(messages: Any, limits: Limits) -> Prompt:
             "accepted.",
             param="messages",
         )
+    sizes = [check_image(one, max_pixels=limits.pixels) for one in prompt.images]
+    if (pixels := sum(width * height for width, height in sizes)) > limits.pixels:
+        raise RequestError(
+            f"the pictures of all messages have {pixels:,} pixels together; at most "
+            f"{limits.pixels:,} are accepted. Scale them down first.",
+            param="messages",
+        )
     return Prompt(tuple(_decoded(turn, limits) for turn in turns))
 
 
@@ -218,7 +225,7 @@ def _bytes_of(url: str, where: str) -> bytes:
 
 def _decoded(turn: Turn, limits: Limits) -> Turn:
     content = [
-        Shown(load_image(c.image, max_pixels=limits.pixels))
+        Shown(shrunk(load_image(c.image, max_pixels=limits.pixels), KEPT_SIDE))
         if isinstance(c, Shown) and isinstance(c.image, bytes)
         else c
         for c in turn.content

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 
 from ipn_core.errors import UserError
 
-__all__ = ["LOCAL", "address_of", "bound"]
+__all__ = ["address_of", "bound", "hosts_of"]
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
-"""Hosts that only this machine reaches."""
+_LOCAL = ("127.0.0.1", "localhost", "[::1]")
+
+
+def hosts_of(host: str) -> tuple[str, ...]:
+    """Return the values of the header Host that a server at an address is asked by.
+
+    Args:
+        host: the address or name that it listens at.
+
+    Returns:
+        The names of this machine, IPv6 in brackets as the header has it, where nobody else reaches
+        the address; none, which stands for all, where others do.
+    """
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return _LOCAL if host.lower() == "localhost" else ()
+    shown = f"[{address}]" if address.version == 6 else str(address)
+    return tuple(dict.fromkeys((*_LOCAL, shown))) if address.is_loopback else ()
 
 
 def bound(host: str, port: int) -> socket.socket:

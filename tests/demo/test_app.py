@@ -20,6 +20,7 @@ from ipn_core.demo.page import _path
 from ipn_core.demo.strategies import Strategies
 from ipn_core.demo.visits import Visits
 from ipn_core.plugins import get_registry
+from ipn_core.serving.sockets import hosts_of
 from ipn_core.testing.checkpoints import save_tiny_model
 
 UPLOAD = 50_000
@@ -33,7 +34,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Any:
     strategies = Strategies(IPN.from_pretrained(folder), open_source(folder, registry), registry)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        yield create_app(Visits(strategies), upload=UPLOAD, hosts=("127.0.0.1",))
+        yield create_app(Visits(strategies), upload=UPLOAD, hosts=hosts_of("::1"))
 
 
 @pytest.fixture
@@ -73,6 +74,7 @@ def test_making_the_page_calls_nobody(
 
 def test_a_page_elsewhere_cannot_reach_it_by_another_name(client: TestClient) -> None:
     assert client.get("/", headers={"host": "evil.example"}).status_code == 400
+    assert client.get("/", headers={"host": "[::1]:7860"}).status_code == 200
 
 
 def test_pictures_up_to_the_limit_are_taken(client: TestClient) -> None:

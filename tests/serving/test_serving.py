@@ -188,7 +188,7 @@ PICTURES = [
     ("http://somewhere/cat.png", "addresses are not fetched"),
     ("file:///etc/passwd", "addresses are not fetched"),
     ("data:image/png;base64,???", "this is no base64"),
-    (url_of(b"no picture"), "is not an image that Pillow can read"),
+    (url_of(b"no picture"), "is not an image of a kind that is read"),
     (url_of(png()[:-60]), "is damaged or cut short"),
 ]
 

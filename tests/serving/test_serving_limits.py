@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
+import socket
 import threading
 import time
 import urllib.request
@@ -14,12 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from servers import Served, post, serving, shown
 from toys import toy_model
 
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry
-from ipn_core.serving.protocol import Limits
+from ipn_core.serving import app, protocol
+from ipn_core.serving.protocol import Limits, read_request
+from ipn_core.serving.sockets import hosts_of
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,48 @@ def test_more_than_may_wait_are_told_to_come_back(model: IPN) -> None:
         assert [one.result()[0] for one in asked] == [200, 200, 200]
 
 
+def test_nobodys_pictures_are_decoded_who_is_then_sent_away(
+    model: IPN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(model, batch=1, waiting=1) as served, ThreadPoolExecutor(2) as pool:
+        with gate(model) as opened:
+            asked = [pool.submit(post, served.address, body())]
+            waiting(served, 0)
+            time.sleep(0.2)  # the first one is with the model now
+            asked += [pool.submit(post, served.address, body())]
+            waiting(served, 1)
+            with monkeypatch.context() as patch:
+                patch.setattr(app, "read_request", lambda *_: pytest.fail("it was read"))
+                assert post(served.address, body())[0] == 429
+            opened.set()
+        assert [one.result()[0] for one in asked] == [200, 200]
+        # A request that turns out wrong gives its place back.
+        assert [post(served.address, body(n=2))[0] for _ in range(3)] == [400] * 3
+        assert post(served.address, body())[0] == 200
+
+
+def test_a_request_that_is_being_read_has_its_place_and_few_are_read_at_once(
+    model: IPN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, most, go = [0], [0], threading.Event()
+
+    def read(*given: Any) -> Any:
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        assert go.wait(30)
+        now[0] -= 1
+        return read_request(*given)
+
+    monkeypatch.setattr(app, "read_request", read)
+    with serving(model, waiting=6) as served, ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(post, served.address, body()) for _ in range(6)]
+        waiting(served, 6)
+        assert post(served.address, body())[0] == 429
+        go.set()
+        assert [one.result()[0] for one in asked] == [200] * 6
+    assert most == [2]
+
+
 def test_a_large_body_is_refused_before_it_is_read(model: IPN) -> None:
     with serving(model, limits=Limits(body=10_000)) as served:
         status, answer = post(served.address, body(user="x" * 20_000))
@@ -83,6 +130,33 @@ def test_pictures_are_limited_in_number_and_size(model: IPN) -> None:
         both = shown(0, "a") + shown(1, "b")
         status, answer = post(served.address, body(messages=both))
         assert (status, "at most 1 are accepted" in answer["error"]["message"]) == (400, True)
+
+
+def plain(width: int, height: int, mode: str = "1") -> bytes:
+    """A picture of one colour, as a file that is far smaller than its pixels."""
+    out = io.BytesIO()
+    Image.new(mode, (width, height)).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_pictures_are_limited_together_before_any_is_decoded(
+    model: IPN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "load_image", lambda *_, **__: pytest.fail("it was decoded"))
+    eight = shown(0, "What?", *[plain(7071, 7071)] * 8)
+    assert len(json.dumps(eight)) < 70_000
+    with serving(model) as served:
+        status, answer = post(served.address, body(messages=eight))
+        said = answer["error"]["message"]
+    assert status == 400
+    assert "have 399,992,328 pixels together; at most 50,000,000 are accepted" in said
+
+
+def test_pictures_are_kept_no_larger_than_any_encoder_looks_at() -> None:
+    messages = shown(0, "What?", plain(4096, 1000), plain(30, 5000), plain(2048, 7), plain(9, 9))
+    asked = read_request({"messages": messages}, "toy", Limits())
+    sizes = [image.size for image in asked.prompt.images]
+    assert sizes == [(2048, 500), (12, 2048), (2048, 7), (9, 9)]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +181,29 @@ def test_pages_of_other_sites_are_kept_out(model: IPN) -> None:
         assert post(served.address, body())[0] == 200
         assert post(served.address, body(), host="evil.example")[0] == 400
         assert post(served.address, body(), content_type="text/plain")[0] == 415
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_a_local_server_is_reached_by_each_of_its_names(model: IPN, host: str) -> None:
+    if host == "::1":
+        with socket.socket(socket.AF_INET6) as one:
+            try:
+                one.bind((host, 0))
+            except OSError:
+                pytest.skip("this machine has no IPv6")
+    with serving(model, host=host, hosts=hosts_of(host)) as served:
+        assert post(served.address, body())[0] == 200
+        for name in ("127.0.0.1:8000", "localhost", "[::1]:8000", "[::1]"):
+            assert post(served.address, body(), host=name)[0] == 200, name
+        for name in ("evil.example", "[::2]:8000", "::1", "127.0.0.1.evil.example"):
+            assert post(served.address, body(), host=name)[0] == 400, name
+
+
+def test_only_an_address_of_this_machine_alone_is_asked_by_its_names() -> None:
+    local = ("127.0.0.1", "localhost", "[::1]")
+    assert hosts_of("::1") == hosts_of("0:0:0:0:0:0:0:1") == hosts_of("Localhost") == local
+    assert hosts_of("127.0.0.2") == (*local, "127.0.0.2")
+    assert hosts_of("0.0.0.0") == hosts_of("::") == hosts_of("192.0.2.1") == ()
 
 
 def test_a_key_is_asked_for_if_there_is_one(model: IPN) -> None:

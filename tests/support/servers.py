@@ -19,7 +19,7 @@ from toys import picture
 
 from ipn_core.model import IPN
 from ipn_core.serving.app import create_app
-from ipn_core.serving.sockets import bound
+from ipn_core.serving.sockets import address_of, bound
 
 
 @dataclass
@@ -32,16 +32,16 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(model: IPN, **options: Any) -> Iterator[Served]:
+def serving(model: IPN, *, host: str = "127.0.0.1", **options: Any) -> Iterator[Served]:
     """Serve a model until the block ends, and then shut down in order."""
     app = create_app(model, **{"name": "toy", **options})
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
-    with bound("127.0.0.1", 0) as socket:
+    with bound(host, 0) as socket:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield Served(f"http://127.0.0.1:{socket.getsockname()[1]}", server, app)
+        yield Served(address_of(host, socket), server, app)
         server.should_exit = True
         thread.join(timeout=30)
         assert not thread.is_alive(), "the server has not shut down"
@@ -59,10 +59,11 @@ def url_of(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-def shown(seed: int, question: str) -> list[dict[str, Any]]:
-    """The messages that ask a question about a picture."""
-    image = {"type": "image_url", "image_url": {"url": url_of(png(seed))}}
-    return [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
+def shown(seed: int, question: str, *files: bytes) -> list[dict[str, Any]]:
+    """The messages that ask a question about pictures, by default about one of that seed."""
+    urls = [url_of(one) for one in files or (png(seed),)]
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
 
 
 def post(address: str, body: object, **headers: str) -> tuple[int, Any]:
