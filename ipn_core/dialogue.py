@@ -90,7 +90,8 @@ class Dialogue:
             said = Plan(model.planner.said(turn, len(prompt.images))).entries
         self._fed = [*fed, *rest.entries, *said]
         self._state = after
-        self._percepts, self._waiting = percepts, []
+        # Joined, so that the next turn finds what was kept with the features.
+        self._percepts, self._waiting = [percept] if percepts else [], []
         closed = (
             answer.ids[:-1]
             if answer.ids[-1:] and answer.ids[-1] in (model.backbone.eos_ids)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ipn_core.errors import ShapeError
 from ipn_core.transfer import send, tensor_on
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ipn_core.records import EncodedImage
 
 __all__ = ["Box", "ImageSpan", "VisualFeatures"]
+
+_T = TypeVar("_T")
 
 Box = tuple[int, float, float, float, float]
 """(image, left, top, right, bottom), the edges as fractions of that picture's width and height."""
@@ -187,6 +189,29 @@ class VisualFeatures:
         """
         return {}
 
+    def keep(
+        self, what: str, owner: nn.Module, weights: Iterable[Tensor], make: Callable[[], _T]
+    ) -> _T:
+        """Return what a module makes of these features; while nothing is learned, made once.
+
+        Args:
+            what: names it, among all that the module makes of them.
+            owner: the module.
+            weights: all that it is made with; when one of them has changed, it is made anew.
+            make: makes it.
+        """
+        weights = list(weights)
+        counted = not any(w.is_inference() for w in weights)  # else nobody counts their changes
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not counted:
+            return make()
+        state = tuple((id(w), w._version, w.dtype, w.device) for w in weights)
+        key = (what, id(owner), state)
+        if key not in self.derived:
+            # With those whose ids these are, so that no others can come to have them.
+            self.derived[key] = owner, weights, make()
+        found: _T = self.derived[key][-1]
+        return found
+
     @cached_property
     def _index(self) -> Tensor | None:
         """(B, P) index into the packed values, -1 for padding; None if already rectangular."""
@@ -287,15 +312,38 @@ class VisualFeatures:
             for row, sample in enumerate(samples)
             for index in mine.get(sample, [])[: None if pictures is None else pictures[row]]
         ]
-        indices = [index for _, index in kept]
+        return self.pick(kept, len(samples))
+
+    def pick(self, pictures: Sequence[tuple[int, int]], batch: int) -> VisualFeatures:
+        """Return the features of some pictures; `values` are the same, with patches of all.
+
+        Args:
+            pictures: for each, the row that it is for, and its index in `images`.
+            batch: number of rows.
+        """
+        indices = [index for _, index in pictures]
         tokens, look = self.global_tokens, self.looker
-        return VisualFeatures(
+        picked = VisualFeatures(
             self.values,
-            tuple(replace(self.images[index], sample=row) for row, index in kept),
-            len(samples),
+            tuple(replace(self.images[index], sample=row) for row, index in pictures),
+            batch,
             None if tokens is None else tokens[tensor_on(indices, tokens.device, torch.long)],
-            None if look is None else partial(_look_at_chosen, look, kept, len(samples)),
+            None if look is None else partial(_look_at_chosen, look, pictures, batch),
         )
+        whole, own = self.picked
+        # Not a field: what is made of these by `dataclasses.replace` may have other patches.
+        picked.__dict__["_picked"] = whole, [own[index] for index in indices]
+        return picked
+
+    @property
+    def picked(self) -> tuple[VisualFeatures, Sequence[int]]:
+        """The features that these were picked from, or they themselves; each picture's index there.
+
+        What is made of single patches may be made of those once, for all that is picked from them.
+        """
+        found: tuple[VisualFeatures, Sequence[int]]
+        found = self.__dict__.get("_picked", (self, range(len(self.images))))
+        return found
 
     def look(self, boxes: Sequence[Box]) -> VisualFeatures:
         """Perceive crops of the original pictures again, at the perceiver's full resolution.
@@ -328,10 +376,21 @@ class VisualFeatures:
     def to(
         self, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> VisualFeatures:
-        """Return the same features on another device or in another dtype."""
+        """Return the same features on another device or in another dtype.
+
+        While nothing is learned those in another dtype are kept, with all that is kept with them.
+        """
         device, dtype = device or self.values.device, dtype or self.values.dtype
         if (device, dtype) == (self.values.device, self.values.dtype):
             return self
+        if device != self.values.device or torch.is_grad_enabled():
+            return self._moved(device, dtype)
+        if dtype not in self.derived:
+            self.derived[dtype] = self._moved(device, dtype)
+        found: VisualFeatures = self.derived[dtype]
+        return found
+
+    def _moved(self, device: torch.device, dtype: torch.dtype) -> VisualFeatures:
         tokens = self.global_tokens
         return replace(
             self,

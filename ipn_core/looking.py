@@ -96,9 +96,9 @@ def _look_once(
     expect(model, "request", request, "values", (len(looks), None, None))
     if clock:
         clock.lap("request")
-    features = percept.features.select(
+    features = percept.features.to(dtype=model.stage_dtype).select(
         [look.row for look in looks], [look.pictures for look in looks]
-    ).to(dtype=model.stage_dtype)
+    )
     request = replace(request, return_map=return_map)
     message: VisualMessage = model.call("interact", request=request, features=features)
     width = (len(looks), model.interaction.length, model.interaction.width)

@@ -152,7 +152,8 @@ def test_the_map_is_an_average_of_heads_in_the_order_of_the_patches(
     # The keys of a row's first picture come first.
     alone = features((1,))
     _, _, keys, *_ = calls[-1]
-    first, _ = model.blocks[-1].cross_attention.keys_values(model._patches(alone), alone)
+    shown = alone.spread(model._patches(alone))
+    first, _ = model.blocks[-1].cross_attention.keys_values(shown)
     torch.testing.assert_close(keys[0, : first.shape[1]], first[0])
 
 

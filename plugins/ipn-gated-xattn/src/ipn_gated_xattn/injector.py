@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from ipn_resampler.resampler import with_global_tokens
@@ -31,9 +30,6 @@ class GatedCrossAttention(LayerInjector):
             GatedBlock(config, dims.D_hidden[layer], dims.Dv)
             for layer in range(0, dims.layers, config.every)
         )
-        # While decoding, each token meets the same features, which are many more than one.
-        self._known: WeakKeyDictionary[VisualFeatures, dict[int, tuple[Tensor, Tensor, Tensor]]]
-        self._known = WeakKeyDictionary()
 
     @classmethod
     def not_supported_reasons(cls, config: GatedXattnConfig, dims: Dims) -> list[str]:
@@ -57,18 +53,30 @@ class GatedCrossAttention(LayerInjector):
         return changed
 
     def _keys_values(self, features: VisualFeatures, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a block's keys and values (B, P, H, K), and which picture each is of (B, P)."""
-        if torch.is_grad_enabled():
-            return self._read(features, number)
-        known = self._known.setdefault(features, {})
-        if number not in known:
-            known[number] = self._read(features, number)
-        return known[number]
+        """Return a block's keys and values (B, P, H, K), and which picture each is of (B, P).
 
-    def _read(self, features: VisualFeatures, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        While decoding, each token meets the same features, which are many more than one.
+        """
         block: Any = self.blocks[number]
-        whole = with_global_tokens(features)
-        keys, values = block.keys_values(whole.values)
-        # No token has seen minus one pictures: padding is never looked at.
-        places = whole.places().masked_fill(~whole.mask, -2)
-        return whole.spread(keys), whole.spread(values), places
+        weights = [p for part in (block.k, block.v, block.k_norm) for p in part.parameters()]
+        whole, own = features.picked
+        if torch.is_grad_enabled():
+            whole, own = features, range(len(features.images))
+
+        def laid_out() -> tuple[Tensor, Tensor, Tensor]:
+            every = whole
+            if whole.global_tokens is not None:
+                every = whole.keep("with tokens", self, (), lambda: with_global_tokens(whole))
+            keys, values = every.keep(
+                "keys and values of patches",
+                block,
+                weights,
+                lambda: block.keys_values(every.values),
+            )
+            rows = [span.sample for span in features.images]
+            mine = every.pick(list(zip(rows, own, strict=True)), features.batch)
+            # No token has seen minus one pictures: padding is never looked at.
+            places = mine.places().masked_fill(~mine.mask, -2)
+            return mine.spread(keys), mine.spread(values), places
+
+        return features.keep("keys and values", block, weights, laid_out)

@@ -178,26 +178,24 @@ class RVII(Interaction):
     def _keys_values(self, features: VisualFeatures) -> list[tuple[Tensor, Tensor]]:
         """Return what each block's heads look at, two of (B, P, H, W / H).
 
-        Where nothing is learned it is kept with the features, for further looks and questions.
+        Each patch is mapped once, then laid out for all the questions about its picture. Where
+        nothing is learned both are kept with the features, for further looks and questions.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._map(features)
         parts = (self.patch_in, self.position_in, self.place, self.patch_norm)
         weights = [p for part in parts if part is not None for p in part.parameters()]
         weights += [p for block in self.blocks for p in block.cross_attention.kv.parameters()]
-        if any(p.is_inference() for p in weights):  # nobody counts their changes
-            return self._map(features)
-        changes = tuple((id(p), p._version) for p in weights)
-        if changes not in features.derived:
-            # With itself, so that no other weights can come to have the same ids.
-            features.derived[changes] = self, self._map(features)
-        found: list[tuple[Tensor, Tensor]] = features.derived[changes][1]
-        return found
+        whole = features if torch.is_grad_enabled() else features.picked[0]
 
-    def _map(self, features: VisualFeatures) -> list[tuple[Tensor, Tensor]]:
-        # Each patch is mapped once, then laid out for all the questions about its picture.
-        patches = self._patches(features)
-        return [block.cross_attention.keys_values(patches, features) for block in self.blocks]
+        def mapped() -> list[Tensor]:
+            patches = self._patches(whole)
+            return [block.cross_attention.kv(patches) for block in self.blocks]
+
+        def laid_out() -> list[tuple[Tensor, Tensor]]:
+            every = whole.keep("keys and values of patches", self, weights, mapped)
+            pairs = zip(self.blocks, every, strict=True)
+            return [block.cross_attention.by_head(features.spread(both)) for block, both in pairs]
+
+        return features.keep("keys and values", self, weights, laid_out)
 
     def _patches(self, features: VisualFeatures) -> Tensor:
         """Return the packed patches (N, W), each once, with the codes of their positions."""
@@ -264,13 +262,12 @@ class _Attention(nn.Module):
         self.follow = nn.Parameter(follow) if maps else None
         self.guided = [head for head in range(self.heads) if head % (maps + 1) < maps]
 
-    def keys_values(
-        self, tokens: Tensor, features: VisualFeatures | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Project (B, N, W), or with features the packed (N, W), to two of (B, N, H, W / H)."""
-        both = self.kv(tokens)
-        if features is not None:
-            both = features.spread(both)
+    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Project (B, N, W) to two of (B, N, H, W / H)."""
+        return self.by_head(self.kv(tokens))
+
+    def by_head(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Part keys and values (B, N, 2 W) into two of (B, N, H, W / H)."""
         keys, values = both.unflatten(-1, (2, self.heads, -1)).unbind(-3)
         return keys, values
 
