@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ipn_core.errors import GenerationOptionError
 from ipn_core.plan import Plan, RequestSlot, Tokens, look_slots
+from ipn_core.transfer import tensor_on
 
 if TYPE_CHECKING:
     from ipn_core.config import Layout
@@ -116,10 +117,10 @@ class Watch:
         self._layout = layout
         self._limit = limit
         self._pictures = [_pictures(plan) for plan in plans]
-        self._left = torch.tensor(
-            [layout.look_again if pictures else 0 for pictures in self._pictures], device=device
+        self._left = tensor_on(
+            [layout.look_again if pictures else 0 for pictures in self._pictures], device
         )
-        self._ends = torch.tensor(list(ends), dtype=torch.long, device=device)
+        self._ends = tensor_on(list(ends), device, torch.long)
         self._length = torch.full((len(plans),), -1, device=device)
         self._hidden = torch.empty(0)
         self.looked: list[list[int]] = [[] for _ in plans]

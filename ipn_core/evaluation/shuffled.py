@@ -18,6 +18,7 @@ from ipn_core.errors import DataError
 from ipn_core.features import VisualFeatures
 from ipn_core.hooks import hookimpl
 from ipn_core.stages import Percept, Request, RequestContext
+from ipn_core.transfer import send
 
 if TYPE_CHECKING:
     from ipn_core.evaluation.pictures import PictureCache
@@ -137,6 +138,6 @@ class ForeignRequests:
             assert requests is not None
             foreign.append(requests[context.round])
         self.replaced += len(foreign)
-        values = torch.stack(foreign).to(own.values.device, own.values.dtype)
+        values = send(torch.stack(foreign), own.values.device, own.values.dtype)
         assert values.shape == own.values.shape
         return replace(own, values=values)
