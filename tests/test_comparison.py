@@ -91,6 +91,30 @@ def test_arms_do_what_their_inputs_allow_and_say_what_they_cannot(llm: Path) -> 
     assert last == {"rvii": ["verbalise"], "rvii-constant": ["verbalise"], "static": ["language"]}
 
 
+def test_an_arm_takes_the_first_of_several_other_ways_that_it_can(llm: Path) -> None:
+    values = comparing(llm)
+    ways = [
+        {"objectives": {"image-text": 1.0}, "train": ["perceive", "interact"]},
+        {"objectives": {"answer-embedding": 1.0}},
+    ]
+    first = {**values["stages"][0], "objectives": {"request-image": 1.0}, "otherwise": ways}
+    plain = {**values["arms"]["rvii"]["model"], "strategy": "film", "interact": "film"}
+    film = {"width": "interact.width", "model": plain}
+    values = {**values, "arms": {**values["arms"], "film": film}, "within": 0.9}
+    made = arms({**values, "stages": [first, *values["stages"][1:]]})
+    begins = {name: list(arm.stages[0]["objectives"]) for (name, _), arm in made.items()}
+    assert begins == {
+        "rvii": ["request-image"],
+        "film": ["answer-embedding"],
+        "static": ["image-text"],
+        "rvii-constant": ["image-text"],
+    }
+    assert made["film", 2].stages[0]["train"] == ["interact"]
+    refusals = made["film", 2].left_out["answer"]
+    assert "'request-image'" in refusals
+    assert "'image-text'" in refusals
+
+
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [

@@ -240,5 +240,5 @@ def test_a_strategy_without_a_round_trains(llm: Path, tmp_path: Path) -> None:
 def test_objectives_about_messages_are_refused_without_a_round(
     llm: Path, tmp_path: Path, objective: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"'{objective}' needs a strategy that asks"):
+    with pytest.raises(ConfigError, match=f"'{objective}' needs an interaction"):
         without_a_round(llm, stage("s", objective, train=["inject"]), tmp_path / "run").run()

@@ -371,7 +371,7 @@ def test_an_unknown_objective_is_refused_before_anything_is_loaded(
     [
         ({"strategy": "tiny-look"}, "request-image", "is not among those that"),
         ({"strategy": "tiny-look"}, "answer-embedding", "a message as wide as the LLM's"),
-        ({"strategy": "static"}, "answer-embedding", "needs a strategy that asks"),
+        ({"strategy": "static"}, "answer-embedding", "needs an interaction"),
     ],
 )
 def test_objectives_refuse_what_cannot_serve_them(

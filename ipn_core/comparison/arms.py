@@ -191,8 +191,7 @@ class Arms:
         """Return how many parameters any stage of training may change."""
         every: dict[str, nn.Parameter] = {}
         for stage in self.config.stages:
-            other = stage.otherwise.train if stage.otherwise else ()
-            for patterns in filter(None, (stage.train, other)):
+            for patterns in filter(None, (stage.train, *(o.train for o in stage.otherwise))):
                 every |= self._trained(model, stage, patterns)[1]
         return sum(p.numel() for p in every.values())
 
@@ -201,10 +200,11 @@ class Arms:
         for stage in self.config.stages:
             serves, refusals = self._served(model, stage.objectives)
             wanted = stage.train
-            if not serves and stage.otherwise:
-                serves, more = self._served(model, stage.otherwise.objectives)
-                refusals = {**refusals, **more}
-                wanted = stage.otherwise.train or wanted
+            for other in stage.otherwise:
+                if not serves:
+                    serves, more = self._served(model, other.objectives)
+                    refusals |= more
+                    wanted = other.train or stage.train
             which, _ = self._trained(model, stage, wanted)
             if refusals:
                 left_out[stage.name] = " ".join(refusals.values())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ipn_core.config import Config
 from ipn_core.errors import ConfigError, near
@@ -65,10 +65,16 @@ class CompareStage(StageConfig):
     Of `objectives`, an arm trains those that its model can serve; of `train`, what it has.
 
     Attributes:
-        otherwise: for arms that can serve none of `objectives`; None to leave the stage out.
+        otherwise: for arms that can serve none of `objectives`: one way or several, of which an arm
+            takes the first that it can; without any it leaves the stage out.
     """
 
-    otherwise: Otherwise | None = None
+    otherwise: tuple[Otherwise, ...] = ()
+
+    @field_validator("otherwise", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: object) -> object:
+        return (given,) if isinstance(given, Mapping | Otherwise) else given
 
 
 class EvaluationConfig(Config):

@@ -138,6 +138,7 @@ def _arms(results: Results) -> Table:
                 f"{arm['static']} + {arm['request']} + {arm['message']} = {group.tokens}",
                 f"{arm['parameters']:,} ({change:+.1%})",
                 f"`{arm['width']}` = {arm['width_value']}",
+                f"{sum(stage['steps'] for stage in arm['stages']):,}",
                 ", ".join(map(str, group.seeds)),
             )
         )
@@ -145,7 +146,7 @@ def _arms(results: Results) -> Table:
         "Arms",
         "Tokens into the LLM are static S + request R + dynamic K. The width is solved for, so "
         "that all arms train as many parameters as the reference, which is the one compared with.",
-        ("arm", "K", "can ask", "S + R + K", "trained parameters", "width", "seeds"),
+        ("arm", "K", "can ask", "S + R + K", "trained parameters", "width", "steps", "seeds"),
         rows,
     )
 

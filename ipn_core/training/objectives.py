@@ -425,7 +425,8 @@ def _asks(objective: Objective) -> None:
     model = objective.model
     if model.interaction is None:
         raise objective.refuse(
-            f"needs a strategy that asks; '{model.strategy}' does not. Use 'language'."
+            f"needs an interaction, whose message it is about; strategy '{model.strategy}' has "
+            "none. Use 'language'."
         )
     assert model.requester is not None
     if objective.needs_question and not model.requester.asks:
