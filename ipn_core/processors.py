@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: in a container, fewer than the machine has.
+"""Which CPU this is, and how many this process may use: in a container, fewer than there are.
 
 torch counts the CPUs of the machine or of the process's affinity; it knows nothing of a quota. A
 container with 2 of 64 CPUs would then run as many threads as the machine has cores, each of which
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import os
+import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-__all__ = ["Allowed", "allowed_cpus", "allowed_threads", "limit_threads"]
+__all__ = ["Allowed", "allowed_cpus", "allowed_threads", "cpu_model", "limit_threads"]
 
 ROOT = Path("/")
 UNIFIED, LEGACY = ("sys/fs/cgroup",), ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct")
@@ -25,6 +27,16 @@ class Allowed(NamedTuple):
 
     number: int
     source: str
+
+
+def cpu_model() -> str:
+    """Return the processor's model where the system tells, else its kind."""
+    try:
+        text = (ROOT / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(\S.*)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def allowed_cpus() -> Allowed:

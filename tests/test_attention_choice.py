@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from ipn_core import processors
 from ipn_core.attention import AttentionInputs, choice, dispatch, get_backend
 from ipn_core.attention.choice import Case, describe, measured, table_path, write_table
 from ipn_core.attention.dispatch import choose
@@ -212,6 +213,43 @@ def test_a_bad_table_is_ignored_with_a_note_and_written_anew(table: Path, what: 
 
 def test_another_number_of_threads_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = table_path(CPU)
+    write_table(CPU, {PLAIN: "sdpa-math"})
+    assert taken(PLAIN) == "sdpa-math"
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 99)
         assert table_path(CPU) != mine
+        assert taken(PLAIN) == "sdpa"  # though what was taken with fewer is kept
+        write_table(CPU, {PLAIN: "eager"})
+        assert taken(PLAIN) == "eager"
+    assert taken(PLAIN) == "sdpa-math"
+
+
+def test_another_model_of_cpu_has_a_table_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processors, "ROOT", tmp_path)
+    (tmp_path / "proc").mkdir()
+    paths = set()
+    for model in ("Fast CPU 9000", "Slow CPU 10"):
+        text = f"processor\t: 0\nvendor_id\t: Some\nmodel name\t: {model}\n"
+        (tmp_path / "proc" / "cpuinfo").write_text(text)
+        assert choice.machine(CPU)["device"].startswith(model)
+        paths.add(table_path(CPU))
+    assert len(paths) == 2
+
+
+def test_the_table_of_a_gpu_is_not_about_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    found = choice.machine(torch.device("cuda", 0))
+    assert found["device"] == "Some GPU"
+    assert "threads" not in found
+
+
+@pytest.mark.parametrize("library", ["torch", "xformers", "mslk", "triton", "ipn-core"])
+def test_another_version_of_what_computes_has_a_table_of_its_own(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, real = table_path(CPU), choice.version
+    monkeypatch.setattr(choice, "version", lambda name: "9.9" if name == library else real(name))
+    assert choice.machine(CPU)[library] == "9.9"
+    assert table_path(CPU) != mine

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from ipn_core.attention.inputs import AttentionInputs
 from ipn_core.files import atomic_write, lock
+from ipn_core.processors import cpu_model
 from ipn_core.weights import cache_dir
 
 __all__ = [
@@ -36,7 +36,8 @@ FORMAT = 1
 SWITCH = "IPN_ATTENTION_TABLE"
 """`off` in this variable of the environment leaves the choice to the priority list."""
 
-_tables: dict[torch.device, dict[Case, str]] = {}
+_tables: dict[tuple[torch.device, int], dict[Case, str]] = {}
+"""By device and number of threads, which may change within a process."""
 answers: dict[Any, Any] = {}
 """What was decided for kinds of calls by a table, or for want of one; `forget` empties it."""
 
@@ -96,13 +97,14 @@ class Case(NamedTuple):
 def measured(inputs: AttentionInputs) -> str | None:
     """Return the backend that was the fastest for calls like this one, None where none was timed.
 
-    The very shape is looked up first, then the next powers of two. The table is read once in a
-    process.
+    The very shape is looked up first, then the next powers of two. The table of a device and a
+    number of threads is read once in a process.
     """
     device = inputs.q.device
-    table = _tables.get(device)
+    key = (device, torch.get_num_threads())
+    table = _tables.get(key)
     if table is None:
-        table = _tables[device] = _read(device)
+        table = _tables[key] = _read(device)
     if not table:
         return None
     case = Case.of(inputs)
@@ -123,9 +125,9 @@ def machine(device: torch.device) -> dict[str, Any]:
         found["cuda"] = torch.version.cuda or torch.version.hip
     else:
         capability = torch.backends.cpu.get_cpu_capability()
-        found["device"] = f"{platform.processor() or platform.machine()} {capability}"
+        found["device"] = f"{cpu_model()} {capability}"
         found["threads"] = torch.get_num_threads()
-    for library in ("ipn-core", "torch", "triton", "xformers"):
+    for library in ("ipn-core", "torch", "triton", "xformers", "mslk"):
         try:
             found[library] = version(library)
         except PackageNotFoundError:

@@ -269,6 +269,7 @@ def _kind(inputs: AttentionInputs) -> Any:
         None if inputs.query_lengths is None else len(inputs.query_lengths),
         inputs.needs_grad,
         inputs.bias_needs_grad,
+        torch.get_num_threads(),
     )
 
 

@@ -20,6 +20,7 @@ from ipn_core.benchmarking.rows import Row, Value
 from ipn_core.config import Config
 from ipn_core.errors import ConfigError, DataError
 from ipn_core.files import atomic_write, lock
+from ipn_core.processors import cpu_model
 
 __all__ = ["FORMAT", "Results", "Section", "about", "device_name", "store"]
 
@@ -145,7 +146,7 @@ def about(device: str = "cpu", command: str | None = None) -> dict[str, Value]:
     if device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)
         found["cuda"] = torch.version.cuda or torch.version.hip
-    found["cpu"] = _cpu()
+    found["cpu"] = cpu_model()
     found["capability"] = torch.backends.cpu.get_cpu_capability()
     found["cores"] = os.cpu_count()
     found["threads"] = torch.get_num_threads()
@@ -167,7 +168,7 @@ def device_name(device: str = "cpu") -> str:
 
     if device.startswith("cuda"):
         return _slug(torch.cuda.get_device_name(device))
-    return f"{_slug(_cpu())}-{torch.get_num_threads()}-threads"
+    return f"{_slug(cpu_model())}-{torch.get_num_threads()}-threads"
 
 
 def _command(words: Sequence[str]) -> str:
@@ -178,16 +179,6 @@ def _command(words: Sequence[str]) -> str:
     elif "/" in first:
         first = Path(first).name
     return shlex.join(first.split() + list(words[1:]))
-
-
-def _cpu() -> str:
-    """Return the processor's model where the system tells, else its kind."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(\S.*)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def _slug(name: str) -> str:

@@ -102,17 +102,17 @@ def _size(broken: Exception | None) -> list[str]:
 
 def _device() -> tuple[dict[str, Any], Exception | None]:
     """Describe where models run, and what keeps torch from starting."""
+    from ipn_core.processors import allowed_threads, cpu_model, limit_threads
+
     found: dict[str, Any] = {
         "name": "cpu",
-        "description": platform.processor() or platform.machine(),
+        "description": cpu_model(),
         "system": f"{platform.system()} {platform.release()}",
     }
     try:
         import torch
     except Exception as error:  # a broken binary raises OSError, ImportError or its own
         return found, error
-    from ipn_core.processors import allowed_threads, limit_threads
-
     limit_threads()
     found["threads"] = torch.get_num_threads()
     allowed = allowed_threads()
