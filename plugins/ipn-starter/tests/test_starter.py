@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
-from ipn_starter.weights import STARTER
+from ipn_starter.weights import SMOLLM2, STARTER
 
 from ipn_core import IPN
 from ipn_core.checkpoint import strategies_of
 from ipn_core.evaluation.evaluate import evaluate
+from ipn_core.placing import place
 from ipn_core.tasks import open_task
 
 HERE = Path(__file__).parents[1]
 MEGABYTE = 1_000_000
+MAPS = Path("/proc/self/maps")
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,25 @@ def test_each_strategy_takes_at_most_20_mb():
     assert list(checkpoints) == ["rvii", "static"]
     for folder in checkpoints.values():
         assert sum(f.stat().st_size for f in folder.iterdir()) <= 20 * MEGABYTE
+
+
+@pytest.mark.weights
+@pytest.mark.skipif(not MAPS.exists(), reason="the system does not say what is mapped")
+def test_the_language_models_weights_are_mapped_from_their_file_and_not_copied(starter):
+    file = (SMOLLM2.folder() / "model.safetensors").resolve()
+    rows = [row.split(maxsplit=5) for row in MAPS.read_text().splitlines()]
+    named = [row for row in rows if len(row) == 6 and Path(row[5]) == file]
+    spans = [tuple(int(end, 16) for end in row[0].split("-")) for row in named]
+
+    weights = dict(place(starter, "cpu").backbone.lm.named_parameters())
+    mapped = {
+        name
+        for name, weight in weights.items()
+        if any(begin <= weight.data_ptr() < end for begin, end in spans)
+    }
+
+    assert len(weights) == 272
+    assert mapped == weights.keys()
 
 
 @pytest.mark.weights
