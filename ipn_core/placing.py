@@ -24,7 +24,7 @@ def device_of(name: str | None = None) -> torch.device:
     """Return a device of this machine.
 
     Args:
-        name: "cpu", "cuda" or "cuda:1"; None for the current GPU where there is one, else the CPU.
+        name: "cpu", "cuda" or "cuda:1"; None for the current GPU if there is one, else the CPU.
 
     Raises:
         UserError: there is no such device here.
@@ -65,9 +65,14 @@ def dtype_on(device: torch.device, name: str | None = None) -> torch.dtype | Non
 
 
 def place(model: IPN, device: str | None = None, dtype: str | None = None) -> IPN:
-    """Move a model in place to where it shall answer; see `device_of` and `dtype_on`.
+    """Move a model in place to where it shall answer, and return it.
 
     What a device map or quantization has put somewhere stays there.
+
+    Args:
+        model: of `IPN.from_pretrained`, which leaves it on the CPU.
+        device: "cpu", "cuda" or "cuda:1"; None for the current GPU, else the CPU.
+        dtype: one of `DTYPES`; None for bfloat16 on a GPU that has it, else as it was loaded.
 
     Raises:
         UserError: there is no such device or format here.
