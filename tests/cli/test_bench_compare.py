@@ -51,6 +51,24 @@ def test_nothing_worse_is_a_success(ipn: Callable[..., Run], files: tuple[Path, 
     assert "found  q5/eager" in back.out
 
 
+def test_rows_of_one_file_alone_are_named_and_are_no_regression(
+    ipn: Callable[..., Run], files: tuple[Path, Path]
+) -> None:
+    fewer = files[0].with_name("fewer.json")
+    rows = [Row.of("q5/flex", [3e-3] * 3)]
+    store(fewer, "d", "attention", Section(about={"torch": "A"}, rows=rows))
+    run = ipn("bench", "compare", files[0], fewer)
+    assert (run.code, run.err) == (0, "")
+    assert run.out.splitlines()[-1] == "only in A: 2, such as attention: q5/sdpa"
+    assert "0 worse, 0 lost, 0 better, 0 found, 1 alike" in run.out
+    back = ipn("bench", "compare", fewer, files[0])
+    assert back.code == 0
+    assert back.out.splitlines()[-1] == "only in B: 2, such as attention: q5/sdpa"
+    found = json.loads(ipn("bench", "compare", files[0], fewer, "--json").out)
+    assert found["only_before"] == ["attention: q5/sdpa", "attention: q5/eager"]
+    assert found["regressions"] == 0
+
+
 def test_json_holds_all_of_it(ipn: Callable[..., Run], files: tuple[Path, Path]) -> None:
     run = ipn("bench", "compare", *files, "--json")
     assert run.code == 1

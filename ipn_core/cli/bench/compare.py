@@ -35,6 +35,8 @@ def compare(
 
     Exit code 0: nothing is worse. 1: a row is, by more than the tolerance with all of its
     interval, or can no longer be measured. 2: a file cannot be read, or they have no row in common.
+    Rows of one file alone are named and change no exit code: a run of fewer shapes is no
+    regression, and what refuses to run is a row that says so.
     """
     from ipn_core.benchmarking.compare import compare as compared
     from ipn_core.benchmarking.results import Results
