@@ -95,7 +95,10 @@ def setup_runs(model: IPN, kind: str, task: Path) -> Runs:
         task: a file of questions; caches lie beside it.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # It keeps the device of the first one in this process, which may have been another kind's.
+    AcceleratorState._reset_state(reset_partial_state=True)
     entry = DataConfig(task=str(task))
     # So slow that both runs find the same weights.
     stage = StageConfig(name=kind, steps=1000, warmup=0, lr=1e-12, **SHARED_OUT, **KINDS[kind])

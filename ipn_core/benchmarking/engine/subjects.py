@@ -45,6 +45,8 @@ def backbone(device: torch.device) -> tuple[Backbone, str]:
     Args:
         device: where it is put, in float32 everywhere, so that all rows compute the same numbers.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # which `timing` waits for
     registry = get_registry()
     adapter: Any = registry.get("backbone", "llama").load()
     known = registry.entries("weights").get(SMOLLM2)
