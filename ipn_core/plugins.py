@@ -20,6 +20,7 @@ from typing import Any
 import pluggy
 
 import ipn_core
+from ipn_core import patience
 from ipn_core.errors import (
     IPNError,
     PluginError,
@@ -30,6 +31,7 @@ from ipn_core.errors import (
 )
 from ipn_core.faults import naming
 from ipn_core.hooks import PROJECT, DiscoverySpec
+from ipn_core.patience import GivenUpError, Watched
 
 __all__ = [
     "KINDS",
@@ -41,6 +43,7 @@ __all__ = [
     "discover",
     "get_registry",
     "identify",
+    "same_name",
 ]
 
 KINDS = (
@@ -102,7 +105,7 @@ class Component:
             found: Any = importlib.import_module(module)
             for part in attribute.split("."):
                 found = getattr(found, part)
-        except (Exception, SystemExit) as error:
+        except (Exception, GeneratorExit, SystemExit) as error:
             raise PluginError(
                 f"{self.kind} '{self.name}' of {self.plugin.label} cannot be imported from "
                 f"'{target}': {type(error).__name__}: {error}. Reinstall or upgrade it, or leave "
@@ -121,7 +124,7 @@ class Component:
             yield
         except IPNError:
             raise
-        except (Exception, SystemExit) as error:
+        except (Exception, GeneratorExit, SystemExit) as error:
             raise PluginError(
                 f"{self.kind} '{self.name}' of {self.plugin.label} cannot be built: "
                 f"{type(error).__name__}: {error}"
@@ -228,45 +231,71 @@ CORE = EntryPoint("core", "ipn_core.builtin", PROJECT)
 @dataclass
 class _Discovery:
     registry: Registry = field(default_factory=Registry)
+    names: list[str] = field(default_factory=list)
 
     def run(self, points: Sequence[EntryPoint]) -> Registry:
-        self._add(CORE)
-        for point in points:
-            self._add(point)
+        self.names = [point.name for point in points]
+        holders: dict[str, Plugin] = {}
+        for point in (CORE, *points):
+            plugin = identify(point)
+            self.registry.plugins.append(plugin)
+            if (holder := holders.setdefault(plugin.name, plugin)) is not plugin:
+                self._fault(plugin, same_name(plugin.name, holder.label))
+            module = self._try(plugin, point.load, "import failed: ")
+            if module is not _FAILED:
+                self.register(plugin, module)
         return self.registry
-
-    def _add(self, point: EntryPoint) -> None:
-        plugin = identify(point)
-        self.registry.plugins.append(plugin)
-        try:
-            module = point.load()
-        except (Exception, SystemExit) as error:
-            self._fault(plugin, f"import failed: {type(error).__name__}: {error}")
-            return
-        self.register(plugin, module)
 
     def register(self, plugin: Plugin, module: ModuleType | object) -> None:
         registrar = Registrar(self.registry, plugin)
-        # A manager of its own for each plugin: one that raises cannot stop the next one.
-        manager = pluggy.PluginManager(PROJECT)
-        manager.add_hookspecs(DiscoverySpec)
-        try:
-            manager.register(module, name=plugin.name)
-            manager.check_pending()
-            if not manager.hook.register.get_hookimpls():
-                self._fault(plugin, "it has no `@hookimpl def register(registry)`")
-                return
-            manager.hook.register(registry=registrar)
-        except (Exception, SystemExit) as error:
-            self._fault(plugin, f"{type(error).__name__}: {error}")
+        called = self._try(plugin, lambda: _call_hook(plugin, module, registrar))
+        if called is _FAILED:
             return
+        if not called:
+            self._fault(plugin, "it has no `@hookimpl def register(registry)`")
         for component in registrar.added:
             self.registry.components[component.kind][component.name] = component
         for reason in registrar.refused:
             self._fault(plugin, reason)
 
+    def _try(self, plugin: Plugin, call: Callable[[], Any], told: str = "") -> Any:
+        """Call something of a plugin, and make a fault of whatever it raises, of its own accord."""
+        others = ",".join(dict.fromkeys(name for name in self.names if name != plugin.name))
+        advice = f"To leave it out, set IPN_PLUGINS='{others}'."
+        with Watched(f"plugin {plugin.label}", advice) as watched:
+            try:
+                return call()
+            except GivenUpError:
+                self._fault(plugin, f"it took longer than {patience.LIMIT_S:g} s to import")
+            except BaseException as error:
+                if watched.signalled:
+                    raise
+                self._fault(plugin, f"{told}{type(error).__name__}: {error}")
+        return _FAILED
+
     def _fault(self, plugin: Plugin, reason: str) -> None:
         self.registry.faults.append(Fault(plugin, reason))
+
+
+_FAILED = object()
+
+
+def _call_hook(plugin: Plugin, module: ModuleType | object, registrar: Registrar) -> bool:
+    """Let a plugin register what it brings; returns whether it has the hook at all."""
+    # A manager of its own for each plugin: one that raises cannot stop the next one.
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(DiscoverySpec)
+    manager.register(module, name=plugin.name)
+    manager.check_pending()
+    if not manager.hook.register.get_hookimpls():
+        return False
+    manager.hook.register(registry=registrar)
+    return True
+
+
+def same_name(name: str, holder: str) -> str:
+    """Say what is wrong with a plugin whose entry point is called as another's."""
+    return f"its entry point has the name of that of {holder}, '{name}', and one must be renamed"
 
 
 def _origin(point: EntryPoint) -> tuple[str, str]:

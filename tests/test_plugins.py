@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 from installed import installed
 from toys import picture, toy_model
 
-from ipn_core import plugins
+from ipn_core import patience, plugins
 from ipn_core.errors import PluginError, StageError, UnknownNameError, UserError
 from ipn_core.hooks import hookimpl
 from ipn_core.plugins import KINDS, Registry, add_plugin, discover, get_registry
@@ -32,6 +35,10 @@ FAULTY = {
         "import failed: ModuleNotFoundError: No module named 'not_there'",
     ),
     "exits": ("raise SystemExit(3)", "import failed: SystemExit: 3"),
+    "interrupts": ("raise KeyboardInterrupt", "import failed: KeyboardInterrupt: "),
+    "closes": ("raise GeneratorExit", "import failed: GeneratorExit: "),
+    "bases": (GOOD + "    raise BaseException('of all')", "BaseException: of all"),
+    "stops": (GOOD + "    raise KeyboardInterrupt", "KeyboardInterrupt: "),
     "misspells": (GOOD.replace("def register", "def registr"), "unknown hook 'registr'"),
     "forgets": (GOOD.replace("@hookimpl\n", ""), "it has no `@hookimpl def register(registry)`"),
     "argues": (GOOD.replace("(registry)", "(registry, more)"), "can not be found in the hookspec"),
@@ -68,6 +75,84 @@ def test_a_faulty_plugin_is_reported_and_takes_no_other_down(install: Any, fault
     assert (found.plugin.distribution, found.plugin.version) == (f"ipn-{fault}", "1.2")
     assert reason in found.reason
     assert list(registry.entries("task")) == ["a-task", "z-task"]
+
+
+@pytest.mark.parametrize(
+    "source", ["import time; time.sleep(600)", "while True: pass", GOOD + "    while True: pass"]
+)
+def test_a_plugin_that_hangs_is_told_of_and_given_up(
+    install: Any, source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(patience, "NOTE_S", 0.1)
+    monkeypatch.setattr(patience, "LIMIT_S", 0.4)
+    install({"a": GOOD, "hangs": source, "z": GOOD})
+    heard = signal.getsignal(signal.SIGINT)
+    registry = discover()
+    assert signal.getsignal(signal.SIGINT) == heard
+    (fault,) = registry.faults
+    assert (fault.plugin.distribution, fault.reason) == (
+        "ipn-hangs",
+        "it took longer than 0.4 s to import",
+    )
+    assert list(registry.entries("task")) == ["a-task", "z-task"]
+    assert capsys.readouterr().err == (
+        "ipn: plugin ipn-hangs 1.2 has been importing for 0.1 s. It is given up after 0.4 s. To "
+        "leave it out, set IPN_PLUGINS='a,z'.\n"
+    )
+
+
+SIGNALS = {"SIGINT": KeyboardInterrupt, "SIGTERM": SystemExit, "SIGALRM": TimeoutError}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize("name", SIGNALS)
+def test_what_a_signal_raises_is_no_fault_of_the_plugin_that_it_comes_in(
+    install: Any, name: str
+) -> None:
+    def end(*_: Any) -> None:
+        raise SIGNALS[name]
+
+    source = f"import os, signal; os.kill(os.getpid(), signal.{name})\nwhile True: pass"
+    install({"a": GOOD, "slow": source})
+    number = getattr(signal, name)
+    before = signal.signal(number, end)
+    try:
+        with pytest.raises(SIGNALS[name]):
+            discover()
+        assert signal.getsignal(number) is end
+    finally:
+        signal.signal(number, before)
+
+
+def test_where_it_cannot_be_interrupted_a_plugin_that_hangs_is_told_of(
+    install: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(patience, "NOTE_S", 0.1)
+    monkeypatch.setattr(patience, "LIMIT_S", 0.2)
+    install(
+        {"a": GOOD, "slow": "import time; time.sleep(0.6)\n" + GOOD, "stops": "raise SystemExit"}
+    )
+    with ThreadPoolExecutor(1) as other:
+        registry = other.submit(discover).result()
+    assert [fault.plugin.name for fault in registry.faults] == ["stops"]
+    assert list(registry.entries("task")) == ["a-task", "slow-task"]
+    assert capsys.readouterr().err == (
+        "ipn: plugin ipn-slow 1.2 has been importing for 0.1 s. To leave it out, set "
+        "IPN_PLUGINS='a,stops'.\n"
+    )
+
+
+def test_two_plugins_of_one_name_are_told_of_and_both_work(install: Any) -> None:
+    first, second = install({"one": GOOD, "two": GOOD})
+    same = EntryPoint("one", second.value, "ipn")
+    vars(same)["dist"] = second.dist
+    registry = discover(points=[same, first])
+    (fault,) = registry.faults
+    assert fault.plugin.label == "ipn-two 1.2"
+    assert fault.reason == (
+        "its entry point has the name of that of ipn-one 1.2, 'one', and one must be renamed"
+    )
+    assert list(registry.entries("task")) == ["one-task", "two-task"]
 
 
 def test_all_faults_together_are_each_reported_once(install: Any) -> None:

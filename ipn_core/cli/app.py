@@ -25,6 +25,7 @@ from ipn_core.cli import (
     train,
 )
 from ipn_core.cli.options import DEBUGGING, Debug
+from ipn_core.patience import Watched
 
 __all__ = ["app", "main"]
 
@@ -88,6 +89,7 @@ def main(args: Sequence[str] | None = None) -> int:
             # An answer in a script that the terminal cannot show is no reason to fail.
             stream.reconfigure(errors="backslashreplace")
     token = DEBUGGING.set(debug)
+    Watched.ends_process = True
     try:
         result = app(words, prog_name="ipn", standalone_mode=False)
         sys.stdout.flush()
@@ -108,6 +110,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"ipn: {text}", file=sys.stderr)
         return code
     finally:
+        Watched.ends_process = False
         DEBUGGING.reset(token)
     return result if isinstance(result, int) else 0
 
@@ -148,10 +151,11 @@ def _not_loaded() -> str:
     from ipn_core.plugins import get_registry
 
     try:
-        faults = get_registry().faults
+        registry = get_registry()
     except IPNError:  # which is what the user is told
         return ""
     said = ""
+    faults = [f for f in registry.faults if not any(registry.of(f.plugin))]
     if faults:
         shown = (f"{f.plugin.label} ({' '.join(f.reason.split())})" for f in faults[:3])
         said += f" Not loaded: {'; '.join(shown)}."

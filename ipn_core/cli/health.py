@@ -8,7 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 __all__ = ["cache", "merged", "requirement_faults", "settings", "torch_fault"]
 
@@ -34,11 +37,17 @@ def torch_fault(error: Exception) -> str:
     )
 
 
-def requirement_faults(distributions: Iterable[str]) -> list[dict[str, str]]:
+def requirement_faults(
+    distributions: Iterable[str], *, missing: bool = True
+) -> list[dict[str, str]]:
     """Hold what distributions ask for against what is installed; extras are left out.
 
+    Args:
+        distributions: their names.
+        missing: whether what is not installed at all is a fault, too.
+
     Returns:
-        a fault for each requirement that is missing or of another version.
+        a fault for each requirement that is of another version, or missing.
     """
     from importlib.metadata import PackageNotFoundError, distribution, requires, version
 
@@ -61,13 +70,15 @@ def requirement_faults(distributions: Iterable[str]) -> list[dict[str, str]]:
                 here = version(wanted.name)
             except PackageNotFoundError:
                 here = None
-            if here is not None and wanted.specifier.contains(here, prereleases=True):
-                continue
-            asked = f"{wanted.name}{wanted.specifier}"
-            said = f"version {here} is installed" if here else "it is not installed"
-            reason = f"it needs {asked}, and {said}. Run: pip install '{asked}'"
-            found.append({"plugin": label, "reason": reason})
+            if missing if here is None else not wanted.specifier.contains(here, prereleases=True):
+                found.append({"plugin": label, "reason": _unmet(wanted, here)})
     return found
+
+
+def _unmet(wanted: Requirement, here: str | None) -> str:
+    asked = f"{wanted.name}{wanted.specifier}"
+    said = f"version {here} is installed" if here else "it is not installed"
+    return f"it needs {asked}, and {said}. Run: pip install '{asked}'"
 
 
 def cache(folder: Path) -> tuple[dict[str, Any], list[str]]:

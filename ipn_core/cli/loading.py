@@ -202,5 +202,6 @@ def load_model(
         )
     for fault in registry.faults:
         reason = " ".join(fault.reason.split())
-        note(f"plugin {fault.plugin.label} was left out: {reason}. See 'ipn plugins'.")
+        what = "has a fault" if any(registry.of(fault.plugin)) else "was left out"
+        note(f"plugin {fault.plugin.label} {what}: {reason}. See 'ipn plugins'.")
     return loaded

@@ -16,10 +16,15 @@ __all__ = ["plugins"]
 
 def plugins(json: Json = False, debug: Debug = False) -> None:
     """List the installed plugins with their components; each is tried in a process of its own."""
+    from ipn_core.cli.health import requirement_faults
     from ipn_core.cli.probe import probe_plugins
     from ipn_core.cli.terminal import print_json
 
     found = probe_plugins()
+    for probe in found:
+        # What is missing only some of its components may need: `ipn doctor` tells of that.
+        wrong = requirement_faults([probe.distribution], missing=False)
+        probe.faults += [fault["reason"] for fault in wrong]
     if json:
         print_json({"plugins": [probe.to_json() for probe in found]})
     else:

@@ -19,7 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ipn_core.hooks import PROJECT
-from ipn_core.plugins import CORE, chosen, discover, identify
+from ipn_core.plugins import CORE, chosen, discover, identify, same_name
 
 __all__ = ["Probe", "answer_probe", "probe_plugins"]
 
@@ -73,8 +73,8 @@ def probe_plugins(*, deep: bool = False, limit_s: float | None = None) -> list[P
         limit_s: seconds that one plugin may take.
 
     Returns:
-        The plugins in the order in which they are loaded; a name that two of them register is a
-        fault of the later one.
+        The plugins in the order in which they are loaded; a name that two of them have or register
+        is a fault of the later one.
 
     Raises:
         UnknownNameError: `IPN_PLUGINS` names a plugin that is not installed.
@@ -152,7 +152,10 @@ def _death(code: int, errors: str) -> str:
 
 def _find_clashes(probes: Sequence[Probe]) -> None:
     holders: dict[tuple[str, str], Probe] = {}
+    named: dict[str, Probe] = {}
     for probe in probes:
+        if (first := named.setdefault(probe.name, probe)) is not probe:
+            probe.faults.append(same_name(probe.name, first.label))
         for kind, names in probe.components.items():
             for name in list(names):
                 holder = holders.setdefault((kind, name), probe)

@@ -44,6 +44,8 @@ BAD_PLUGINS = {
         "backbone 'llama' is already taken by ipn-llama",
     ),
     "hangs": ("import time; time.sleep(600)", "took longer than 3 s"),
+    "interrupts": ("raise KeyboardInterrupt", "import failed: KeyboardInterrupt"),
+    "closes": ("raise GeneratorExit", "import failed: GeneratorExit"),
 }
 
 
@@ -79,6 +81,71 @@ def test_a_bad_plugin_is_reported_with_its_reason(
     assert row["components"] == {}
     (fault,) = row["faults"]  # type: ignore[misc]
     assert BAD_PLUGINS[name][1] in fault
+
+
+REGISTERS = (
+    "from ipn_core import hookimpl\n@hookimpl\n"
+    "def register(registry): registry.task('{name}-task', 'x:Y')"
+)
+
+
+def test_wrong_versions_and_names_that_collide_are_faults(
+    fake_plugin: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    fake_plugin("one", REGISTERS.format(name="one"))
+    env = fake_plugin("two", REGISTERS.format(name="two"))
+    info = tmp_path / "site" / "ipn_two-1.2.dist-info"
+    with open(info / "METADATA", "a") as file:
+        file.write("Requires-Dist: ipn-core>=99\nRequires-Dist: not-there>=1\n")
+    (info / "entry_points.txt").write_text("[ipn]\none = ipn_two_module\n")
+    run = shell("plugins", "--json", env={**env, "IPN_PLUGINS": "one"})
+    rows = {row["distribution"]: row for row in json.loads(run.out)["plugins"]}
+    assert rows["ipn-one"]["faults"] == []
+    collides, version = rows["ipn-two"]["faults"]
+    assert collides == (
+        "its entry point has the name of that of ipn-one 1.2, 'one', and one must be renamed"
+    )
+    assert version.startswith("it needs ipn-core>=99, and version ")
+    assert version.endswith("is installed. Run: pip install 'ipn-core>=99'")
+    assert rows["ipn-two"]["components"] == {"task": ["two-task"]}
+    said = shell("models", "pull", "x", env={**env, "IPN_PLUGINS": "one"}).err
+    assert "Not loaded" not in said  # both are, whatever is wrong with a name
+
+
+IMPATIENT = (
+    "import sys; from ipn_core import patience; from ipn_core.cli import main; "
+    "patience.NOTE_S, patience.LIMIT_S, patience.GRACE_S = 0.3, 0.6, 0.3; sys.exit(main())"
+)
+STUBBORN = """
+import time
+while True:
+    try: time.sleep(600)
+    except BaseException: pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "last"),
+    [
+        ("import time; time.sleep(600)", 0, "It is given up after 0.6 s. To leave it out, set"),
+        (STUBBORN, 1, "can be neither imported nor interrupted. To leave it out, set"),
+    ],
+)
+def test_a_command_does_not_wait_for_a_plugin_that_hangs(
+    fake_plugin: Callable[[str, str], dict[str, str]], source: str, code: int, last: str
+) -> None:
+    env = {**fake_plugin("hangs", source), "IPN_PLUGINS": "hangs,llama,starter"}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPATIENT, "models", "--json"],
+        capture_output=True, text=True, env=env, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done
+    assert "plugin ipn-hangs 1.2 has been importing for 0.3 s" in done.stderr
+    assert last in done.stderr.splitlines()[-1]
+    assert "IPN_PLUGINS='llama,starter'" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    if code == 0:
+        assert "starter" in [row["name"] for row in json.loads(done.stdout)["models"]]
 
 
 def test_the_others_are_listed_beside_bad_ones(probed: dict[str, dict[str, object]]) -> None:
