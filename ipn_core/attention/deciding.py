@@ -25,10 +25,12 @@ TIE = 1.01
 """A backend that `auto` tries anyway wins unless another one takes this much less: it never refuses
 what it was not timed for."""
 SURE = 1.03
-"""The second timing goes on until nobody can be so much faster than the winner, by the 95 %
-interval of the ratio within a turn,"""
+"""The second timing goes on with those that may be so much faster than the winner, by the 95 %
+interval of the ratio within a turn, until there are none,"""
 ROUNDS = 6
-"""or was timed so many times as long as in the first one."""
+"""or until they were timed so many times as long as in the first one."""
+BEHIND = 1.15
+"""Who took so much more than the winner in the second timing is not near any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Decision:
     Attributes:
         timings: of every backend; of those that were timed twice, the second timing.
         winner: what `auto` is to take, None where no backend takes the call.
-        near: those that were timed twice, or the only one that is near.
+        near: those that are not far behind it, by the second timing if there was one.
     """
 
     timings: tuple[Timing, ...]
@@ -62,19 +64,22 @@ def decide(trial: Trial, seconds: float) -> Decision:
     if len(near) == 1:
         return Decision(tuple(first), near[0], near)
     samples: dict[str, tuple[float, ...]] = dict.fromkeys(near, ())
-    winner, sure = near[0], False
+    winner, rivals = near[0], near[1:]
     for number in range(1, ROUNDS + 1):
-        for timing in trial.time(seconds, only=near, seed=number):
+        racing = (winner, *rivals)
+        for timing in trial.time(seconds, only=racing, seed=number):
             samples[timing.backend] += timing.seconds
-        winner, sure = pick(samples)
-        if sure:
+        winner, rivals = pick({name: samples[name] for name in racing})
+        if not rivals:
             break
-    timings = (replace(t, seconds=samples.get(t.backend, t.seconds)) for t in first)
-    return Decision(tuple(timings), winner, near)
+    timings = tuple(replace(t, seconds=samples.get(t.backend, t.seconds)) for t in first)
+    most = BEHIND * statistics.median(samples[winner])
+    near = tuple(name for name in near if statistics.median(samples[name]) <= most)
+    return Decision(timings, winner, near)
 
 
-def pick(samples: Mapping[str, Sequence[float]]) -> tuple[str, bool]:
-    """Return who wins, and whether that is sure enough.
+def pick(samples: Mapping[str, Sequence[float]]) -> tuple[str, tuple[str, ...]]:
+    """Return who wins, and who may yet be found faster by more than `SURE`.
 
     Args:
         samples: seconds by backend; the i-th of each are of the same turn.
@@ -83,9 +88,12 @@ def pick(samples: Mapping[str, Sequence[float]]) -> tuple[str, bool]:
     usual = next((name for name in AUTO if name in samples), fastest)
     tied = statistics.median(_ratios(samples[usual], samples[fastest])) <= TIE
     winner = usual if tied else fastest
-    rivals = [times for name, times in samples.items() if name != winner]
-    sure = all(median_interval(_ratios(samples[winner], times))[1] <= SURE for times in rivals)
-    return winner, sure
+    rivals = (
+        name
+        for name, times in samples.items()
+        if name != winner and median_interval(_ratios(samples[winner], times))[1] > SURE
+    )
+    return winner, tuple(rivals)
 
 
 def _ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
