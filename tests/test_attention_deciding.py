@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from ipn_core.attention import choice, deciding
+from ipn_core.attention import choice, deciding, timing
 from ipn_core.attention.choice import Case, write_table
 from ipn_core.attention.deciding import ROUNDS, decide, pick, tuned
 from ipn_core.attention.dispatch import choose
@@ -135,6 +137,61 @@ def test_nothing_wins_where_nothing_ran() -> None:
     refused = Timing(PLAIN, "eager", ("not today",))
     trial: Any = type("Refusing", (), {"time": lambda *_: [refused]})()
     assert decide(trial, 0) == deciding.Decision((refused,), None)
+
+
+class Twins:
+    """Backends on a machine where a call is slow after one that left other things in the caches.
+
+    `sdpa` and `sdpa-flash` read the same, and the second one takes a twentieth longer.
+    """
+
+    base: ClassVar[dict[str, float]] = {
+        "eager": 4.0,
+        "flex": 6.0,
+        "sdpa": 1.0,
+        "sdpa-flash": 1.05,
+        "sdpa-math": 4.5,
+    }
+
+    def __init__(self, warm: bool) -> None:
+        self.unit = timing.WARM_S / 10 * (1 if warm else 100)
+        self.last = ""
+
+    def run(self, name: str) -> float:
+        alike = name[:4] == self.last[:4] and "sdpa-math" not in (name, self.last)
+        self.last = name
+        return self.base[name] * self.unit * (1.0 if alike else 1.3)
+
+    def time(self, seconds: float, *, only: Sequence[str] | None = None, seed: int = 0) -> Any:
+        tasks: Any = {name: partial(self.run, name) for name in only or self.base}
+        times = timing.in_turn(tasks, CPU, seconds, seed)
+        return [Timing(PLAIN, name, seconds=tuple(found)) for name, found in times.items()]
+
+
+@pytest.fixture
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "seconds_of", lambda task, times, device: task())
+
+
+def drawn(names: Sequence[str], count: int, seed: int = 0) -> Iterator[list[str]]:
+    draw = random.Random(seed)
+    for _ in range(count):
+        yield draw.sample(names, len(names))
+
+
+@pytest.mark.usefixtures("no_clock")
+@pytest.mark.parametrize("warm", [True, False])
+def test_who_runs_after_its_twin_more_often_gains_nothing_by_it(
+    warm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "SAMPLES", (17, 17))
+    trial: Any = Twins(warm)
+    assert decide(trial, 0).winner == "sdpa"
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "turns", drawn)
+        patch.setattr(timing, "WARM_S", 0.0)
+        lucky = {t.backend: statistics.median(t.seconds) for t in trial.time(0)}
+    assert lucky["sdpa-flash"] < lucky["sdpa"]
 
 
 def test_what_wins_is_what_auto_takes() -> None:
