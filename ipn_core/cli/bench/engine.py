@@ -17,7 +17,7 @@ def engine(
         typer.Option(metavar="ROW", help="This row, such as first-token; several for several."),
     ] = None,
     short: Annotated[
-        bool, typer.Option("--short", help="A few repetitions: half as long or less.")
+        bool, typer.Option("--short", help="A few repetitions: about half as long.")
     ] = False,
     repeats: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Repetitions of each row.")
