@@ -201,8 +201,9 @@ class VisualFeatures:
             make: makes it.
         """
         weights = list(weights)
-        counted = not any(w.is_inference() for w in weights)  # else nobody counts their changes
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not counted:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        if any(w.is_inference() for w in weights):  # nobody counts their changes
             return make()
         state = tuple((id(w), w._version, w.dtype, w.device) for w in weights)
         key = (what, id(owner), state)

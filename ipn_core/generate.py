@@ -106,7 +106,7 @@ def _generate(
     if repeats > 1 and state.length:
         state.cache.batch_repeat_interleave(repeats)
     # `generate` reads only the length of what the cache holds; the embeddings there are not used.
-    held = prefix.embeds.new_zeros(rows, state.length, prefix.embeds.shape[2])
+    held = prefix.embeds.new_zeros(1).expand(rows, state.length, prefix.embeds.shape[2])
     mask = torch.cat([state.mask, prefix.mask], dim=1)
     finite = FiniteLogits(
         lambda: origin(model, percept, state, mask.repeat_interleave(repeats, dim=0))
