@@ -124,7 +124,14 @@ def test_an_arm_takes_the_first_of_several_other_ways_that_it_can(llm: Path) -> 
         ("arms.rvii.width", "interact.depht", "does not set|depht"),
         ("arms.static.width", "perceive.hiden", "hiden"),
         ("evaluate.0.shuffled", False, "shuffled: true"),
-        ("sweep", {"arms": ["film"], "dynamic": [1]}, "sweep names film"),
+        ("sweep", {"arms": ["film"], "dynamic": [1]}, "sweep names film, but the arms are rvii, "),
+        (
+            "arms.rvii-constant",
+            {"model": {}, "width": "x"},
+            "is made from the reference; take it out",
+        ),
+        ("stages.1.name", "answer", "stages must have different names"),
+        ("stages.1.rates", {"nothing": 2}, "a stage names what no arm has: .*'nothing'"),
         ("within", 0.00001, "must be within"),
         ("arms.a/b", {"model": {}, "width": "x"}, "arm 'a/b' must be named by letters, digits"),
         ("data.0.stream", 5, "a comparison reads all its data beforehand"),
@@ -140,6 +147,15 @@ def test_an_arm_takes_the_first_of_several_other_ways_that_it_can(llm: Path) -> 
 def test_what_cannot_be_compared_is_refused(llm: Path, path: str, value: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         arms(changed(comparing(llm), path, value))
+
+
+def test_an_arm_that_no_width_makes_large_enough_is_refused(
+    llm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipn_core.comparison.arms._WIDEST", 1)
+    said = r"'arms\.static\.width': even with perceive\.hidden at \d+ it trains fewer than the ref"
+    with pytest.raises(ConfigError, match=said):
+        arms(comparing(llm))
 
 
 def test_what_is_frozen_or_slower_concerns_the_arms_that_have_it(llm: Path) -> None:
@@ -180,7 +196,7 @@ def test_what_is_asked_is_looked_at_before_anything_is_trained(
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"digest": 3}'])
 def test_a_damaged_plan_is_refused(llm: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "compare.json").write_text(content)
-    with pytest.raises(UserError, match=r"compare.json' is damaged|with another config"):
+    with pytest.raises(UserError, match=r"is damaged .*Choose another folder|with another"):
         comparison(comparing(llm), tmp_path, resume=True)
 
 

@@ -128,7 +128,9 @@ def test_a_connector_over_another_encoder_is_refused(registry: Registry) -> None
 
 @pytest.mark.parametrize("missing", ["requester", "interaction", "injector"])
 def test_a_look_needs_all_three_stages(registry: Registry, missing: str) -> None:
-    with pytest.raises(ConfigError, match=f"layout.rounds 1 needs .*: no {missing} was given"):
+    with pytest.raises(
+        ConfigError, match=f"layout.rounds 1 needs a requester, an .*: no {missing} was"
+    ):
         Parts(registry).assemble(**{missing: None})
 
 

@@ -151,7 +151,8 @@ def test_a_model_without_a_map_is_refused_before_it_is_asked() -> None:
 
 
 def test_a_map_of_other_pictures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ShapeError, match="covers 16 patches"):
+    said = r"the attention map covers 16 patches of grids \(\(4, 4\),\); 2 picture\(s\) were given"
+    with pytest.raises(ShapeError, match=said):
         draw_heatmap(answer(), [grey(), grey()], "q", tmp_path / "a.png")
 
 

@@ -228,6 +228,19 @@ def test_a_jpeg_of_several_pictures_is_read_as_phones_write_it() -> None:
     assert load_image(both).size == RED.size
 
 
+def test_a_file_of_somebody_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever runs this may be allowed everything, so that it is Pillow that refuses here."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(ImageError, match=r"a\.png' may not be read\. Check its permissions\.$"):
+        load_image(tmp_path / "a.png")
+
+
 def test_a_folder_and_a_text_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"is a folder. Give the path of a picture"):
         load_image(tmp_path)

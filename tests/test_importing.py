@@ -43,7 +43,9 @@ def test_what_is_no_name_of_an_import_is_left_to_others(registry: Registry, tmp_
 
 
 def test_a_source_that_is_missing_is_asked_for(registry: Registry) -> None:
-    with pytest.raises(UserError, match=r"^'llava:' names no .*, such as 'llava:owner/name'\.$"):
+    with pytest.raises(
+        UserError, match=r"^'llava:' names no checkpoint: .*, such as 'llava:owner/name'\.$"
+    ):
         find_import("llava:", registry)
 
 
@@ -80,6 +82,21 @@ def test_a_folder_without_a_config_says_so(registry: Registry, tmp_path: Path) -
     assert imported is not None
     with pytest.raises(CheckpointError, match=rf"no config\.json: there is none in '{tmp_path}'"):
         _ = imported.whole
+
+
+def test_a_checkpoint_whose_language_model_is_none_says_so(
+    registry: Registry, folder: Path
+) -> None:
+    config = {"model_type": "llava", "text_config": {"model_type": "t5"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    imported = find_import(f"llava:{folder}", registry)
+    assert imported is not None
+    with pytest.raises(CheckpointError) as raised:
+        imported.language_model("auto")
+    assert str(raised.value) == (
+        f"the language model in '{folder}' is a T5Config, for which transformers has no "
+        "causal language model. Import a checkpoint on LLaMA, Vicuna or OPT."
+    )
 
 
 def test_a_published_checkpoint_under_its_bare_name_is_told_its_importer(

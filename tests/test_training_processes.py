@@ -9,16 +9,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from lessons import STOPPED, four_stages, lesson, metrics, stage, training, weights
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ipn_core.errors import ConfigError
+from ipn_core.training import processes
 from ipn_core.training.loop import StageRun
 from ipn_core.training.run import Training
 
@@ -212,6 +215,21 @@ def test_weights_in_parts_give_the_same_weights(llm: Path, tmp_path: Path, preci
     close = 1e-5 if precision == "fp32" else 0.02
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "parts"), strict=True):
         assert two.get("loss", 0) == pytest.approx(one.get("loss", 0), rel=close)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("DEEPSPEED", "DEEPSPEED is not supported. Launch with DDP or FSDP2."),
+        ("MEGATRON_LM", "MEGATRON_LM is not supported. Launch with DDP or FSDP2."),
+        ("FSDP", "FSDP is supported in version 2. Launch with --fsdp_version 2."),
+    ],
+)
+def test_other_ways_to_share_a_training_are_refused(kind: str, says: str) -> None:
+    launched = SimpleNamespace(distributed_type=DistributedType(kind), is_fsdp2=False)
+    with pytest.raises(ConfigError) as raised:
+        processes._check_kind(launched)  # type: ignore[arg-type]
+    assert str(raised.value) == says
 
 
 def test_fewer_groups_than_processes_are_refused(

@@ -171,7 +171,7 @@ def test_tensorboard_is_told_what_the_metrics_say(llm: Path, tmp_path: Path) -> 
 def test_a_tracker_that_is_missing_or_unknown_is_refused(
     llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="unknown tracker 'tensorbored'"):
+    with pytest.raises(ConfigError, match="'trackers': unknown tracker 'tensorbored'"):
         training(lesson(llm, trackers=["tensorbored"]), tmp_path / "run").run()
     monkeypatch.setattr(tracking, "get_available_trackers", list)
     with pytest.raises(ConfigError) as raised:

@@ -127,7 +127,7 @@ def test_a_wrong_checksum_is_refused_and_the_file_deleted(host: Host, tmp_path: 
 def test_a_download_that_fails_keeps_what_has_arrived(host: Host, tmp_path: Path) -> None:
     host.cuts = [HALF] + [0] * 20
     with pytest.raises(
-        DownloadError, match=r"stopped at .*; then 'pip download'.*offline.*is kept"
+        DownloadError, match=r"the download stopped at .*; then 'pip download'.*offline.*is kept"
     ):
         wheel().fetch(tmp_path)
     (part,) = tmp_path.iterdir()

@@ -51,4 +51,6 @@ def test_rows_are_chosen_by_name_or_by_what_they_begin_with(ipn: Callable[..., R
     some = table.choose_rows(["training", "first-token"])
     assert some == [r for r in table.ROWS if r.startswith(("first-token-", "training"))]
     run = ipn("bench", "engine", "--only", "first-tokens")
-    assert_refused(run, "unknown row 'first-tokens': known are first-token-128, ")
+    assert_refused(
+        run, "unknown row 'first-tokens': known are first-token-128, ", "stands for all whose names"
+    )

@@ -25,7 +25,11 @@ def test_models_are_listed_with_or_without_the_word(ipn: Callable[..., Run]) -> 
 
 
 def test_an_unknown_name_cannot_be_pulled(ipn: Callable[..., Run]) -> None:
-    assert_refused(ipn("models", "pull", "startre"), "unknown weights 'startre'", "'starter'?")
+    assert_refused(
+        ipn("models", "pull", "startre"),
+        "unknown weights 'startre': known are ",
+        "(did you mean 'starter'?). See 'ipn models list'.",
+    )
 
 
 BAD_PLUGINS = {

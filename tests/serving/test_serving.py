@@ -153,7 +153,23 @@ REFUSED = [
     (
         {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
         400,
-        "the last message must be a user's",
+        "the last message must be a user's, with some text",
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "system", "content": "b"},
+                {"role": "user", "content": "c"},
+            ]
+        },
+        400,
+        "a system message must come first.",
+    ),
+    (
+        {"messages": [{**shown(0, "a")[0], "role": "assistant"}, *shown(0, "b")]},
+        400,
+        "messages[0]: only a user's message may show pictures.",
     ),
     ({"temperature": 3}, 400, "'temperature' must be a number from 0 to 2"),
     ({"temperature": float("nan")}, 400, "'temperature' must be a number"),

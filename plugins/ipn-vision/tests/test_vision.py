@@ -426,6 +426,10 @@ def test_towers_that_automodel_refuses_are_named_rightly(model_type: str) -> Non
             {"preprocess": {"image_processor_type": "SiglipImageProcesor"}},
             r"no image processor 'SiglipImageProcesor'.*did you mean 'SiglipImageProcessor'",
         ),
+        (
+            {"preprocess": {**CLIP_SETTINGS, "size": {"breadth": 32}}},
+            "the image processor 'CLIPImageProcessor' refuses its settings: ",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(saved: Any, options: dict[str, Any], words: str) -> None:
