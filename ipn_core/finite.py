@@ -23,7 +23,7 @@ __all__ = ["FiniteLogits", "origin", "spoiled", "tensors"]
 
 
 def spoiled(tensor: Tensor) -> Tensor:
-    """Whether a tensor holds NaN or infinity, as one bool; minus infinity may be a mask."""
+    """Whether a tensor (…) holds NaN or infinity, a bool (); minus infinity may be a mask."""
     return (tensor.isnan() | tensor.isposinf()).any()
 
 

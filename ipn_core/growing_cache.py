@@ -78,7 +78,10 @@ class GrowingLayer(DynamicLayer):
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Add to the rows, in place where nothing is learned; returns all keys and values."""
+        """Add keys and values (B, H_kv, T, D_head) to the rows, in place where nothing is learned.
+
+        Returns all of them, (B, H_kv, C + T, D_head) each.
+        """
         others = self.is_initialized and (key_states.dtype, value_states.dtype) != (
             self.keys.dtype,
             self.values.dtype,
@@ -119,7 +122,7 @@ class GrowingLayer(DynamicLayer):
             super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in this order."""
+        """Keep the rows of these indices (n,), in this order."""
         with self._replacing():
             super().batch_select_indices(indices)
 

@@ -127,7 +127,7 @@ class Watch:
         self.looking: list[int] = []
 
     def room(self, ids: Tensor | None) -> int:
-        """Return how many more ids a call may emit so that every row can reach its limit."""
+        """Return how many ids may follow (B, n) so that every row can reach its limit."""
         emitted = 0 if ids is None else ids.shape[1]
         return self._limit + max(map(len, self.looked)) - emitted
 

@@ -109,7 +109,10 @@ class SharedLayer(DynamicLayer):
         return sum(one.length for one in self.beginnings)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Add to the rows' own; returns what `attend_to_pieces` takes for keys and for values."""
+        """Add keys and values (B, H_kv, T, D_head) to the rows' own.
+
+        Returns what `attend_to_pieces` takes for keys and for values.
+        """
         super().update(key_states, value_states, *args, **kwargs)
         return self, self
 
@@ -124,7 +127,7 @@ class SharedLayer(DynamicLayer):
         super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put rows into another order."""
+        """Put rows into the order of indices (B,)."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -133,7 +136,7 @@ class SharedLayer(DynamicLayer):
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in this order."""
+        """Keep the rows of these indices (n,), in this order."""
         several = any(len(one.keys) > 1 for one in self.beginnings)
         # Where all rows have the same beginning, a GPU need not be asked which these are.
         rows = indices.tolist() if several else [0] * len(indices)

@@ -43,6 +43,11 @@ def whiten(weight: Tensor, bias: Tensor, sample: Tensor) -> None:
     Directions in which the sample hardly varies are left out: their scale would be rounding, and
     the weights as large as its inverse. A sample that varies in none leaves the projection as it
     is.
+
+    Args:
+        weight: (directions, width), changed in place; rows that are left out become zero.
+        bias: (directions,), changed in place.
+        sample: (n, width).
     """
     sample = sample.float()
     mean = sample.mean(0)

@@ -33,7 +33,7 @@ class SDPA(AttentionBackend):
     supports_groups = True
 
     def forward(self, inputs: AttentionInputs) -> Tensor:
-        """Compute the attention."""
+        """Return the attention's output, (B, M, H, K) as the queries are."""
         q, k, v, mask, alive = _arguments(inputs)
         with self._kernels():
             out = F.scaled_dot_product_attention(

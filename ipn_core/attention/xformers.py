@@ -83,7 +83,7 @@ class XFormers(AttentionBackend):
             self.devices = tuple(sorted(op[0].SUPPORTED_DEVICES))
 
     def forward(self, inputs: AttentionInputs) -> Tensor:
-        """Compute the attention."""
+        """Return the attention's output, (B, M, H, K) as the queries are."""
         if _in_blocks(inputs):
             return self._by_block(inputs)
         mask, alive = inputs.masking(inputs.q.dtype)

@@ -84,7 +84,7 @@ class TokenInjector(Injector):
 
     @torch.no_grad()
     def begin(self, embeddings: Tensor) -> None:
-        """With `start: words`, begin as the identity among the LLM's embeddings."""
+        """With `start: words`, begin as the identity among the LLM's embeddings (words, D_in)."""
         if self.config.start == "random" and self.lookup is None:
             return
         mean, lengths = _measured(embeddings)
@@ -148,7 +148,7 @@ class WordLookup(nn.Module):
         self.register_buffer("lengths", torch.ones(1), persistent=False)
 
     def begin(self, mean: Tensor, lengths: Tensor) -> None:
-        """Take the mean word, and how far each word lies from it."""
+        """Take the mean word (D_in,), and how far each lies from it (words,)."""
         self.mean = mean
         # Rows that were never trained may all be alike: they are no direction, and stay away.
         self.lengths = lengths.clamp(min=1e-6)

@@ -63,7 +63,7 @@ class ImageText(Objective):
         self.directions = directions(model, words)
 
     def loss(self, batch: Batch, request: Request | None) -> Tensor:
-        """Score each word against each distinct picture, or set of pictures, of the batch."""
+        """Score each word against each distinct picture, or set of them; returns a scalar ()."""
         place = {index: i for i, index in enumerate(batch.mine)}
         every = self._rows(batch)
         rows = [place[index] for index in every if index in place]

@@ -129,7 +129,7 @@ class RequestImage(Objective):
             )
 
     def loss(self, batch: Batch, request: Request | None) -> Tensor:
-        """Score each request that names something against each picture of the batch."""
+        """Score requests (B, R, D) that name something against the pictures; a scalar ()."""
         assert request is not None
         assert self.model.interaction is not None
         rows, pictures = self._pairs(batch)
@@ -208,7 +208,7 @@ class AnswerEmbedding(_TowardsAnswers):
     """What cosines are multiplied with; a temperature of 1/20."""
 
     def loss(self, batch: Batch, request: Request | None) -> Tensor:
-        """Compare every token of the messages with every target."""
+        """Compare the messages' tokens (B, K, D_in) with the targets (n, D_in); a scalar ()."""
         found = self._compare(batch, request)
         logits = torch.cat([x for _, x, _ in found]).flatten(0, 1)
         wanted = send(torch.cat([x for *_, x in found]), logits.device)

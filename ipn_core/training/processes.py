@@ -167,7 +167,7 @@ def whole(module: nn.Module) -> Iterator[None]:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return a whole tensor for one whose parts lie in several processes, which all must ask."""
+    """Return a tensor (…) whole, parts of which may lie in several processes; all must ask."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     from torch.distributed.tensor import DTensor
@@ -177,7 +177,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor laid out over the processes as another one is; all must ask."""
+    """Lay a whole tensor (…) out over the processes as `like` (…) of its shape is; all must ask."""
     if not hasattr(like, "full_tensor"):
         return tensor.to(like.device)
     from torch.distributed.tensor import DTensor, distribute_tensor

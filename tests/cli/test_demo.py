@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Run, assert_refused
+from PIL import Image
 
 from ipn_core.cli.demo import _samples
 from ipn_core.testing.browser import served_demo
@@ -51,6 +52,25 @@ def test_photographs_that_were_not_fetched_are_missed_only_by_who_asks_for_them(
     assert "no pictures to begin with: there are no stamps in" in said
     assert "python -m ipn_names.stamps" in said
     assert_refused(ipn("demo", "--port", "0", "--examples", "photo-stamps"), "there are no stamps")
+
+
+def test_photographs_that_were_fetched_are_there_to_begin_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    captions = {"animals/dog": "A dog.", "animals/frog": "A frog.", "food/lemon": "A lemon.",
+                "household/mug": "A mug.", "vehicles/bus": "A bus.", "clothes/hat": "A hat.",
+                "household/clock": "A clock.", "household/lamp": "A lamp."}  # fmt: skip
+    for name, caption in captions.items():
+        path = tmp_path / "stamps" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), "teal").save(path)
+        path.with_suffix(".txt").write_text(caption)
+    monkeypatch.setenv("IPN_STAMPS", str(tmp_path / "stamps"))
+    found = _samples(None, "photo", tmp_path)
+    assert len(found) == 4
+    assert all(Image.open(one.path).size in {(40, 30), (480, 240), (240, 480)} for one in found)
+    assert found[0].question == "What is this?"
+    assert len({one.question for one in found}) == 4
 
 
 def test_pictures_to_begin_with_are_those_that_a_known_model_knows(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from ipn_names.classes import labels
+from ipn_names.connector import NamesConnectorConfig
 
 from ipn_core import IPN, Prompt, VisualFeatures
 from ipn_core.clock import Clock
 from ipn_core.generate import decode
 from ipn_core.testing.tiny import tiny_picture
+from ipn_core.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.weights
 
@@ -54,3 +56,8 @@ def test_it_is_small_and_holds_nothing_of_the_words(photo: IPN) -> None:
     state = photo.trained_state()
     assert sum(p.numel() for p in state.values()) * 2 < 20e6
     assert not any("sayings" in name or "directions" in name for name in state)
+
+
+def test_every_name_has_room_in_the_slots_that_a_connector_gives_it(photo: IPN) -> None:
+    lengths = [len(Vocabulary.of(photo.backbone).ids(label.name)) for label in labels()]
+    assert max(lengths) == NamesConnectorConfig().slots

@@ -22,12 +22,13 @@ class NamesConnectorConfig(Config):
     Attributes:
         names: how many of the whole picture's likeliest names.
         parts: whether those of its nine parts follow, one each, row by row.
-        slots: tokens for each name, shorter ones followed by empty slots.
+        slots: tokens for each name, shorter ones followed by empty slots and longer ones cut; the
+            longest of ImageNet's names in SmolLM2's tokens has 9.
     """
 
     names: int = Field(default=3, ge=1, le=64)
     parts: bool = False
-    slots: int = Field(default=6, ge=1, le=32)
+    slots: int = Field(default=9, ge=1, le=32)
 
 
 class NamesConnector(Connector):
