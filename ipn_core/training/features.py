@@ -3,7 +3,9 @@
 Keyed by the encoder's fingerprint and each picture's pixels, so that a changed file, another
 encoder or another size never meets a stale entry. A crop that an interaction looks at again is kept
 like a picture, by its picture's key and its edges. Training rounds features to bfloat16 whether
-they come from the disk or from the encoder, so that they are the same bits either way.
+they come from the disk or from the encoder. And the encoder is always given equally many pictures:
+which kernels a library picks, and so the last bits, depend on how many there are. So features are
+the same bits with and without the cache, in whatever order and company they were made.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FeatureCache"]
 
-_BATCH = 32
-"""Pictures that go through the encoder together."""
+_BATCH, _BATCH_ON_CPU = 8, 1
+"""Pictures that always go through the encoder together; a CPU is as fast with one at a time."""
 _SHARD = 64
 """Pictures a shard, at most."""
 _LOCKS = 64
@@ -49,6 +51,12 @@ class FeatureCache:
     """Features of pictures by content, computed once, and of their crops, once they are needed.
 
     Where there is no room left, pictures are encoded each time they are asked for.
+
+    Attributes:
+        encoder: whose features they are.
+        folder: where they lie.
+        size: the bytes that all caches next to this one, and it, may take.
+        note: is told what was damaged, and when there is no room left.
     """
 
     def __init__(
@@ -73,7 +81,7 @@ class FeatureCache:
         name = hashlib.sha256(encoder.fingerprint.encode()).hexdigest()[:16]
         self.folder = (folder or cache_dir() / "features") / name
         self.size = cache_size() if size is None else size
-        self._note = note
+        self.note = note
         self._shards = Shards(self.folder, encoder.width, self.size, note)
         self._full = self.size == 0
         self._waiting: dict[str, Entry] = {}
@@ -232,18 +240,23 @@ class FeatureCache:
         )
 
     def _encode(self, images: Mapping[str, Image.Image]) -> dict[str, Entry]:
+        """Encode pictures in batches of one size, the last one filled up with copies."""
+        device = next((p.device.type for p in self.encoder.parameters()), "cpu")
+        size = _BATCH_ON_CPU if device == "cpu" else _BATCH
         found: dict[str, Entry] = {}
-        for chunk in _chunks(images.items(), _BATCH):
+        for chunk in _chunks(images.items(), size):
+            batch = [image for _, image in chunk]
+            batch += batch[-1:] * (size - len(batch))
             with torch.inference_mode():
-                encoded = self.encoder.encode([image for _, image in chunk])
-            for (key, _), one in zip(chunk, encoded, strict=True):
+                encoded = self.encoder.encode(batch)
+            for (key, _), one in zip(chunk, encoded[: len(chunk)], strict=True):
                 found[key] = Entry.of(one)
         return found
 
     def _write(self, entries: Mapping[str, Entry]) -> None:
         if entries and not self._full and not self._shards.write(entries):
             self._full = True
-            self._note(
+            self.note(
                 f"the feature cache '{self.folder.parent}' is full ({self.size / 1e9:.3g} GB) of "
                 "what running processes use: further pictures are encoded each time they are "
                 "shown. IPN_CACHE_SIZE sets its size."

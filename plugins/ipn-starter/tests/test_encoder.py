@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from ipn_starter.emoji_scenes import Scene, draw
@@ -9,7 +12,9 @@ from ipn_starter.encoder import EfficientNetLite0, EfficientNetLite0Config
 
 from ipn_core.errors import ConfigError
 from ipn_core.stages import PerceiveContext
+from ipn_core.tasks import Picture
 from ipn_core.testing.contracts import EncoderContract
+from ipn_core.training.features import FeatureCache
 
 
 class TestEfficientNetLite0(EncoderContract):
@@ -31,6 +36,26 @@ def test_a_picture_is_eight_by_eight_patches_of_1280(encoder: EfficientNetLite0)
     alone = encoder.encode(images[:1])[0]
     scale = float(one.values.abs().max())
     torch.testing.assert_close(alone.values, one.values, rtol=0, atol=1e-4 * scale)
+
+
+def test_features_are_the_same_bits_with_and_without_a_cache(tmp_path: Path) -> None:
+    """In whatever order and company pictures, and parts of them, are encoded.
+
+    From 16 at once on, this encoder's last bits are others on a CPU.
+    """
+    encoder = EfficientNetLite0(EfficientNetLite0Config(size=128))
+    some = [Picture(str(n), partial(draw, Scene.make("test", n))) for n in range(18)]
+    filled, without = FeatureCache(encoder, tmp_path), FeatureCache(encoder, tmp_path, size=0)
+    keys = filled.add(some[7:] + some[:7])
+    assert without.know(some) == keys
+    for names in (["0"], ["1", "2"], [str(n) for n in range(3, 18)]):
+        kept, anew = (cache.get([[keys[name]] for name in names]) for cache in (filled, without))
+        assert torch.equal(kept.values, anew.values)
+    boxes = [(image, 0.0, 0.25, 0.5, 0.75) for image in range(len(names))]
+    together = kept.look([(0, 0.0, 0.0, 1.0, 1.0), *boxes, (1, 0.0, 0.0, 1.0, 1.0)]).values
+    one_by_one = torch.cat([anew.look([box]).values for box in boxes])
+    assert torch.equal(together[16:-16], one_by_one)
+    assert next(filled.folder.glob("*.safetensors"))
 
 
 def test_any_proportions_give_the_same_grid(encoder: EfficientNetLite0) -> None:
