@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lessons import lesson_registry, stage
+from safetensors.torch import load_file, save_file
 from toys import pictures, toy_model
 
 from ipn_core.errors import ConfigError, DataError, UnknownNameError
+from ipn_core.features import VisualFeatures
+from ipn_core.model import IPN
 from ipn_core.plugins import Registry
 from ipn_core.prompt import Prompt
 from ipn_core.tasks import Example, open_task
@@ -127,16 +131,18 @@ def examples() -> list[Example]:
     ]
 
 
+def features_in(folder: Path, model: IPN) -> Callable[[Sequence[Example]], VisualFeatures]:
+    """What a cache of requests asks for the features of some examples."""
+    cache = FeatureCache(model.encoder, folder)
+    keys = cache.add(pictures(2))
+    return lambda some: cache.get([[keys[p.name] for p in e.images] for e in some])
+
+
 @pytest.mark.parametrize("layer", [-1, 1])
 def test_cached_requests_are_the_engines(tmp_path: Path, registry: Registry, layer: int) -> None:
     request = {"name": "hidden-state", "layer": layer}
     model = toy_model(registry, "tiny-look", request=request)
-    cache = FeatureCache(model.encoder, tmp_path)
-    keys = cache.add(pictures(2))
-
-    def features(some: Any) -> Any:
-        return cache.get([[keys[p.name] for p in e.images] for e in some])
-
+    features = features_in(tmp_path, model)
     requests = RequestCache(model, backbone_digest(model), tmp_path / "requests")
     told: list[tuple[int, int]] = []
     requests.add(examples(), features, lambda done, of: told.append((done, of)))
@@ -162,15 +168,14 @@ def test_reading_that_was_interrupted_goes_on(
     monkeypatch.setattr("ipn_core.training.requests._BATCH", 1)
     monkeypatch.setattr("ipn_core.training.requests._PART", 1)
     model = toy_model(registry, "tiny-look")
-    cache = FeatureCache(model.encoder, tmp_path)
-    keys = cache.add(pictures(2))
+    cached = features_in(tmp_path, model)
     read: list[str] = []
 
     def features(some: Sequence[Example], last: int) -> Any:
         if len(read) == last:
             raise KeyboardInterrupt
         read.extend(e.question for e in some)
-        return cache.get([[keys[p.name] for p in e.images] for e in some])
+        return cached(some)
 
     requests = RequestCache(model, backbone_digest(model), tmp_path / "requests")
     with pytest.raises(KeyboardInterrupt):
@@ -180,6 +185,57 @@ def test_reading_that_was_interrupted_goes_on(
     again.add(examples(), lambda some: features(some, 9), lambda done, of: told.append((done, of)))
     assert told == [(3, 3)]
     assert sorted(read) == sorted({e.question for e in examples()})
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 5)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 16
+    path.write_bytes(bytes(content))
+
+
+def fewer(path: Path) -> None:
+    save_file({"hidden": load_file(path)["hidden"][:-1].clone()}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"), [(cut, ""), (flip, "its checksum"), (fewer, "it holds 2 requests, not 3")]
+)
+def test_damaged_requests_are_named_and_read_again(
+    tmp_path: Path, registry: Registry, damage: Any, why: str
+) -> None:
+    model = toy_model(registry, "tiny-look")
+    features = features_in(tmp_path, model)
+
+    def requests(note: Any) -> RequestCache:
+        made = RequestCache(model, "digest", tmp_path / "requests", note=note)
+        made.add(examples(), features)
+        return made
+
+    expected = requests(pytest.fail).get(examples())[0]
+    (path,) = (tmp_path / "requests").iterdir()
+    damage(path)
+    told: list[str] = []
+    assert torch.equal(requests(told.append).get(examples())[0], expected)
+    (note,) = told
+    assert note.startswith(f"the file of requests '{path}' is damaged ({why}")
+    assert note.endswith("): it is removed, and its questions are read again")
+    assert torch.equal(requests(pytest.fail).get(examples())[0], expected)
+
+
+def test_requests_without_a_checksum_are_read(tmp_path: Path, registry: Registry) -> None:
+    """As the first version wrote them."""
+    model = toy_model(registry, "tiny-look")
+    first = RequestCache(model, "digest", tmp_path / "requests", note=pytest.fail)
+    first.add(examples(), features_in(tmp_path, model))
+    (path,) = (tmp_path / "requests").iterdir()
+    save_file({"hidden": load_file(path)["hidden"] + 1}, path)
+    again = RequestCache(model, "digest", tmp_path / "requests", note=pytest.fail)
+    again.add(examples(), lambda _: pytest.fail("they are kept on disk"))
+    assert torch.equal(again.get(examples())[0], first.get(examples())[0] + 1)
 
 
 def test_requests_are_constant_only_where_nothing_before_them_varies(registry: Registry) -> None:

@@ -8,6 +8,8 @@ once it is settled what the looks before it are told and how that is injected.
 from __future__ import annotations
 
 import hashlib
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,6 +42,8 @@ __all__ = [
 _BATCH = 32
 _PART = 32 * _BATCH
 """Questions a file, so that reading that was interrupted goes on; whole batches."""
+_CHECKSUM = "crc32"
+"""Where a file's metadata has it."""
 _AGAIN = 4
 """How often a question comes on average, from which on it pays to read it once and alone."""
 
@@ -116,6 +120,7 @@ class RequestCache:
         digest: str,
         folder: Path | None = None,
         answers: Answers | None = None,
+        note: Callable[[str], object] = warnings.warn,
     ) -> None:
         """Start a cache.
 
@@ -124,9 +129,11 @@ class RequestCache:
             digest: of the backbone's own weights; an adapter's are looked at here.
             folder: where caches lie, by default in the user's cache folder.
             answers: what looks before the last are told; None to keep first looks alone.
+            note: is told which file was damaged.
         """
         assert model.requester is not None
         self.model = model
+        self._note = note
         self.folder = folder or cache_dir() / "requests"
         self.answers = answers if _injection_is_constant(model) else None
         read_with = [model.slots.request]
@@ -196,15 +203,38 @@ class RequestCache:
             "\0".join("\1".join((q, str(n), *told)) for q, n, told in sorted(places)).encode()
         )
         path = self.folder / f"{key[:16]}-{names.hexdigest()[:16]}.safetensors"
-        if path.is_file():
-            from safetensors.torch import load_file
-
-            return load_file(path)["hidden"]
+        kept = self._read(path, len(places))
+        if kept is not None:
+            return kept
         hidden = self._compute(examples, look, features, report)
         from safetensors.torch import save
 
         make_folder(self.folder)
-        atomic_write(path, save({"hidden": hidden}))
+        atomic_write(path, save({"hidden": hidden}, metadata={_CHECKSUM: _checksum(hidden)}))
+        return hidden
+
+    def _read(self, path: Path, count: int) -> Tensor | None:
+        """Return what a file holds of some questions; None if there is none, or it is damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                checksum = (file.metadata() or {}).get(_CHECKSUM)
+                hidden: Tensor = file.get_tensor("hidden")
+            if len(hidden) != count:
+                raise ValueError(f"it holds {len(hidden)} requests, not {count}")
+            # The first version wrote none.
+            if checksum is not None and checksum != _checksum(hidden):
+                raise ValueError("its checksum does not fit")
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, ValueError) as error:
+            self._note(
+                f"the file of requests '{path}' is damaged ({error}): it is removed, and its "
+                "questions are read again"
+            )
+            path.unlink(missing_ok=True)
+            return None
         return hidden
 
     def get(self, examples: Sequence[Example]) -> list[Tensor]:
@@ -257,6 +287,12 @@ class RequestCache:
             if report:
                 report(start + len(some), len(examples))
         return torch.cat(found)
+
+
+def _checksum(hidden: Tensor) -> str:
+    """Return the CRC of a tensor with its shape; its dtype is that of all files."""
+    crc = zlib.crc32(hidden.view(torch.uint8).numpy().data)
+    return f"{zlib.crc32(repr(tuple(hidden.shape)).encode(), crc):08x}"
 
 
 def _from(report: Callable[[int, int], None], start: int, total: int, done: int, _: int) -> None:
