@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,26 @@ def test_a_gradient_that_no_scale_makes_finite_is_a_fault(
     model.slots.dynamic.register_hook(lambda g: g * float("inf"))
     with pytest.raises(TrainingError, match=r"the gradient of slots\.dynamic is not finite"):
         training(values, tmp_path / "run", model=model).run()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**3])
+def test_a_step_that_no_scale_makes_finite_ends_the_training(
+    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    scaled(monkeypatch, scale)
+    values = lesson(llm, stage("s", "language", steps=40))
+    model = IPN.from_config(values["model"], registry=lesson_registry())
+
+    def spoil(run: StageRun) -> None:
+        run.model.slots.dynamic.register_hook(lambda g: g * float("nan"))
+
+    stop_at(monkeypatch, 3, spoil)
+    with pytest.raises(TrainingError) as raised:
+        training(values, tmp_path / "run", model=model).run()
+    last = 3 + int(math.log2(scale))  # skipped up to there, at half the scale each time
+    text = f"stage 's', step {last}: the gradient of slots.dynamic is not finite. The last saved"
+    assert text in str(raised.value)
+    assert len(metrics(tmp_path / "run")) == last - 1
 
 
 # -- what an interaction declares ------------------------------------------------------------------

@@ -37,10 +37,11 @@ def stopped(values: dict[str, Any], folder: Path, error: type[IPNError], **more:
 
 
 @pytest.mark.usefixtures("own_training")
+@pytest.mark.parametrize("objective", ["language", "request-image"])
 def test_a_template_with_markers_that_the_tokenizer_lacks_is_refused_before_anything_is_written(
-    llm: Path, tmp_path: Path
+    llm: Path, tmp_path: Path, objective: str
 ) -> None:
-    values = lesson(llm, stage("s", "language"))
+    values = lesson(llm, stage("s", objective, train=["interact"]))
     values["model"]["prompt"] = {"template": OTHER}
     text = stopped(values, tmp_path / "run", ConfigError)
     assert text.startswith(

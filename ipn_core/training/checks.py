@@ -62,7 +62,8 @@ def check_stages(
                 groups(trainable(model, stage.train, stage.freeze), stage)
                 Sampler(data, stage, seed)
                 built = build_objectives(stage, model, data, registry)
-                if any(objective.through_llm for objective, _ in built):
+                # Requests are read through it, too.
+                if model.requester is not None or any(o.through_llm for o, _ in built):
                     check_template(model)
             except ConfigError as error:
                 faults.append(f"stage '{stage.name}': {error}")

@@ -130,11 +130,10 @@ def first_not_finite(model: IPN, batch: Batch, run: Callable[[], Any]) -> str | 
     Args:
         model: whose modules are watched.
         batch: what goes in.
-        run: does the forward pass again.
+        run: does the forward pass again, in every case: other processes may take part in it.
     """
-    if bad := _bad_features(batch):
-        return bad
-    found: list[str] = []
+    bad = _bad_features(batch)
+    found = [bad] if bad else []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def after(module: nn.Module, inputs: Any, output: Any) -> None:

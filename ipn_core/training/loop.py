@@ -133,7 +133,7 @@ class StageRun:
         constant = requests_are_constant(model)
         if constant and any(not o.through_llm for o, _ in objectives):
             answers = next((o.answers for o, _ in objectives if o.answers is not None), None)
-            self.requests = RequestCache(model, digest(), answers=answers)
+            self.requests = RequestCache(model, digest(), answers=answers, note=cache.note)
         self.prefixes = None
         # Processes that share weights out must run the LLM equally often.
         if prefixes and not sharded(accelerator) and prefixes_come_again(model, stage, data):
@@ -316,10 +316,8 @@ class StageRun:
         losses = {name: value for name, value in totals.items() if name != "loss"}
         whole_norm = self._norm()
         norm = float(gathered(whole_norm))
-        # In fp16 the loss scaler skips a step whose gradients overflow.
-        scaled = self.accelerator.scaler is not None
-        if not math.isfinite(totals["loss"]) or not (scaled or math.isfinite(norm)):
-            bad = first_bad(self.trained, losses, lambda: self._first_not_finite(batches))
+        if not math.isfinite(totals["loss"]) or not (math.isfinite(norm) or self._overflow()):
+            bad = first_bad(self.trained, losses, lambda: self._first_anywhere(batches))
             bad = bad or "the norm of the gradient"
             raise TrainingError(
                 f"stage '{self.stage.name}', step {self.step + 1}: {bad} is not finite. The last "
@@ -371,16 +369,31 @@ class StageRun:
             total, parts = self.losses(batch, share)
         return total, parts
 
+    def _overflow(self) -> bool:
+        """Whether gradients that are not finite may be too large for fp16 at the loss's scale.
+
+        The loss scaler then skips the step, and halves the scale until they fit: at 1 it has tried
+        everything, and what is still not finite never will be.
+        """
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1
+
+    def _first_anywhere(self, batches: Sequence[Batch]) -> str | None:
+        """Name the first tensor that is not finite in a process's share of a step; all must ask."""
+        found = together(self.accelerator, [self._first_not_finite(batches)])
+        return next((name for name in found if name), None)
+
     def _first_not_finite(self, batches: Sequence[Batch]) -> str | None:
-        """Name the first tensor that is not finite in a step whose loss is not."""
-        if self.accelerator.num_processes > 1:
-            return None  # The others would wait for what this one does alone.
+        """Name the first tensor that is not finite in this process's share of a step."""
         self._seed()
+        # What DDP wraps: its own forward would wait for processes that may not come here.
+        losses = self.accelerator.unwrap_model(self.losses)
+        found: str | None = None
         for batch in map(self._to_device, batches):
-            found = first_not_finite(self.model, batch, partial(self._losses, batch, {}))
-            if found:
-                return found
-        return None
+            with self.accelerator.autocast():
+                here = first_not_finite(self.model, batch, partial(losses, batch, {}))
+            found = found or here  # all are run: FSDP2 gathers layers equally often everywhere
+        return found
 
     def _norm(self) -> Tensor:
         """Return the norm of the whole gradient, before anything is clipped by it."""
