@@ -27,7 +27,7 @@ def batch(first: float = 0.0) -> Batch:
 
 
 @pytest.mark.usefixtures("own_training")
-def test_each_batch_is_sent_while_the_one_before_it_is_computed_and_that_changes_no_weight(
+def test_each_batch_is_sent_while_the_one_before_it_is_computed(
     llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     happened: list[tuple[str, int]] = []
@@ -55,7 +55,7 @@ def test_each_batch_is_sent_while_the_one_before_it_is_computed_and_that_changes
     monkeypatch.setattr(Ahead, "take", taken)
     monkeypatch.setattr(StageRun, "_losses", computed)
     values = lesson(llm, stage("s", "language", steps=2, accumulate=2))
-    training(values, tmp_path / "ahead").run()
+    training(values, tmp_path / "run").run()
     kinds = [kind for kind, _ in happened]
     assert kinds[-11:] == [
         *("taken", "computed", "sent"),  # the first part of the first step, and the second goes
@@ -66,6 +66,15 @@ def test_each_batch_is_sent_while_the_one_before_it_is_computed_and_that_changes
     order = [one for kind, one in happened[-11:] if kind == "taken"]
     assert [one for kind, one in happened[-11:] if kind == "sent"] == order[1:]
     assert len(set(order)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_training")
+def test_weights_are_those_of_a_training_that_sends_nothing_ahead(
+    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = lesson(llm, stage("s", "language", steps=2, accumulate=2))
+    training(values, tmp_path / "ahead").run()
     monkeypatch.setattr(Ahead, "send", lambda self, one: None)
     training(values, tmp_path / "late").run()
     assert weights(tmp_path / "ahead") == weights(tmp_path / "late")
