@@ -38,7 +38,7 @@ def measure(case: Case, number: int, repeats: int) -> Found:
     tokens = {name: way() for name, way in ways.items()}
     if len(set(tokens.values())) > 1:
         raise AssertionError(f"they find different first tokens: {tokens}")
-    found = collected(in_turn(ways, repeats))
+    found = collected(in_turn(ways, repeats, warm_up=0))  # all have run just now
     right = _name(number)
     rows = took(SECTION, found)
     rows += [against(SECTION, found, name, right) for name in ways if name != right]

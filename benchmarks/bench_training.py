@@ -195,7 +195,7 @@ def measure(
     for kind in KINDS:
         runs = setup_runs(model, kind, task)
         runs.check()
-        found = collected(in_turn(runs.steps, repeats))
+        found = collected(in_turn(runs.steps, repeats, warm_up=0))  # both have run just now
         rows += [*took(kind, found), against(kind, found, NONE, CACHES, better="higher")]
         for name, taken in found.items():
             more = [shares[kind] * value for value in taken]
