@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,9 +38,10 @@ class Handed(Names):
         return self.asked
 
 
-def build(**options: Any) -> Handed:
-    words = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
-    made = Handed(NamesConfig(width=8, hidden=8, **options), DIMS).eval()
+def build(things: Sequence[Label] = THINGS, **options: Any) -> Handed:
+    words = torch.randn(9999, 8, generator=torch.Generator().manual_seed(0))
+    dims = replace(DIMS, Dv=len(things), labels=tuple(things))
+    made = Handed(NamesConfig(width=8, hidden=8, **options), dims).eval()
     # One token a word, so that every saying fits.
     known = {word: i for i, text in enumerate(made.sayings.texts) for word in text.split()}
     ids = {word: i for i, word in enumerate([*known, *made.words, "\n"])}
@@ -124,6 +126,28 @@ def test_a_thing_is_there_under_every_word_for_it(word: str, answer: str) -> Non
     assert (
         shown(build(), "exist", [board(left="Siamese cat", right="tabby")], word=word)[0] == answer
     )
+
+
+def test_many_classes_that_are_each_unlikely_are_no_dog() -> None:
+    """118 of 1,000 classes have 11.8 % of a picture that shows nothing."""
+    every = labels()
+    picture = torch.zeros(6, 6, len(every))
+    assert shown(build(every), "exist", [picture], word="dog")[0] == NO
+    assert shown(build(every, chance=0), "exist", [picture], word="dog")[0] == YES
+    picture[:3, :3, [label.name for label in every].index("beagle")] = 12
+    assert shown(build(every), "exist", [picture], word="dog")[0] == YES
+    assert shown(build(every), "exist", [picture], word="tench")[0] == NO
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_each_further_class_of_a_word_asks_for_more(n: int) -> None:
+    """One probability, just above and just below what n classes need together."""
+    things = [Label(f"thing {i}", ("kind",) if i < n else ()) for i in range(20)]
+    names = build(things, seen=0.2, chance=0.05)
+    for share, answer in ((0.2 + 0.05 * (n - 1) + 0.01, YES), (0.2 + 0.05 * (n - 1) - 0.01, NO)):
+        rest = [(1 - share) / (20 - n)] * (20 - n)
+        picture = torch.tensor([*[share / n] * n, *rest]).log().expand(2, 2, 20)
+        assert shown(names, "exist", [picture], word="kind")[0] == answer
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ipn_names.stamps import CELL, PhotoStamps, compose, stamps
+from ipn_names.stamps import ABSENT, CELL, KINDS, PhotoStamps, called, compose, stamps
 from PIL import Image
 
+from ipn_core import Example
 from ipn_core.errors import DataError
 from ipn_core.testing.contracts import TaskContract
 
@@ -77,7 +78,7 @@ def test_halves_share_no_photograph(folder: Path) -> None:
 
 def test_what_is_asked_is_answered_by_where_a_stamp_was_put(folder: Path) -> None:
     examples = PhotoStamps(str(folder), scenes=4).examples("test")
-    scenes = [e for e in examples if e.type != "name"]
+    scenes = [e for e in examples if e.type not in ("name", "kind")]
     assert {e.type for e in scenes} == {"exist", "side", "where"}
     for e in scenes:
         if e.type == "exist":
@@ -88,6 +89,31 @@ def test_what_is_asked_is_answered_by_where_a_stamp_was_put(folder: Path) -> Non
     left, _ = first.shown
     assert first.answers == ("left" if first.names == (left,) else "right",)
     assert {len(e.shown) for e in scenes} == {2, 3, 4}
+
+
+@pytest.mark.parametrize("split", ["tune", "test", "paraphrase"])
+def test_each_photograph_is_asked_for_kinds_that_it_shows_and_that_it_does_not(
+    folder: Path, split: str
+) -> None:
+    asked = [e for e in PhotoStamps(str(folder), scenes=0).examples(split) if e.type == "kind"]
+    by_word: dict[str, list[Example]] = {}
+    for e in asked:
+        by_word.setdefault(e.shown[0], []).append(e)
+        own, kind = {*called()[e.shown[0]]}, {*called()[e.names[0]]}
+        assert e.answers == (("yes",) if own <= kind else ("no",))
+        assert own <= kind or not own & kind
+        assert e.names[0] in e.question
+    for word, mine in by_word.items():
+        no = [e.names[0] for e in mine if e.answers == ("no",)]
+        assert len(set(no)) == ABSENT
+        assert ("dog" in no) == (word != "dog")
+        assert len(mine) - ABSENT == any({*called()[word]} <= {*called()[k]} for k in KINDS)
+    assert {e.answers[0] for e in asked} == {"yes", "no"}
+
+
+def test_kinds_are_words_of_many_classes() -> None:
+    assert all(len(called()[kind]) >= 5 for kind in KINDS)
+    assert len(called()["dog"]) == 118
 
 
 def test_stamps_are_put_into_the_cells_of_a_grid(folder: Path) -> None:

@@ -4,8 +4,9 @@
     python plugins/ipn-names/train/score.py         measures on those that nothing was tuned on
     python plugins/ipn-names/train/score.py --tune  prints the same for the other half
 
-The first table asks what each photograph of the half shows, and compares with the first choice of
-the classifier; the others are the task `photo-stamps`, as `ipn eval` asks it.
+The first table asks about made-up evidence of one class after the other what it is, and then what
+each photograph of the half shows, and compares with the first choice of the classifier; the others
+are the task `photo-stamps`, as `ipn eval` asks it.
 """
 
 from __future__ import annotations
@@ -17,21 +18,26 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from ipn_names.classes import article, labels
 from ipn_names.sayings import UNSURE
 from ipn_names.stamps import Stamp, called, stamps
 
-from ipn_core import IPN, Example, Picture
+from ipn_core import IPN, Example, Picture, Prompt, VisualFeatures
+from ipn_core.clock import Clock
 from ipn_core.evaluation.evaluate import evaluate
 from ipn_core.evaluation.scoring import Score
 from ipn_core.files import atomic_write
+from ipn_core.generate import decode
 from ipn_core.images import load_image
 from ipn_core.tasks import open_task
+from ipn_core.testing.tiny import tiny_picture
 
 HERE = Path(__file__).parent
 CARD = HERE.parent / "MODEL_CARD.md"
 SCORES = HERE / "scores.json"
 QUESTION = "What is this?"
+COMPOSED = ("exist", "side", "where")
 
 
 def first_choices(model: IPN, some: Iterable[Stamp]) -> dict[str, str]:
@@ -41,6 +47,30 @@ def first_choices(model: IPN, some: Iterable[Stamp]) -> dict[str, str]:
         (encoded,) = model.encoder.encode([load_image(stamp.path)])
         found[stamp.name] = labels()[int(encoded.global_token.argmax())].name
     return found
+
+
+@torch.no_grad()
+def said_back(model: IPN, batch: int = 25) -> list[bool]:
+    """Ask what it is where all evidence is of one class, for every class: is its name said?"""
+    verdicts = []
+    plan = model.planner.plan(Prompt.ask(QUESTION, [tiny_picture()]))
+    alone = 14 * torch.eye(len(labels()))
+    for start in range(0, len(labels()), batch):
+        some = range(len(labels()))[start : start + batch]
+        features = VisualFeatures.pack(
+            [alone[i].expand(4, -1) for i in some],
+            [(2, 2)] * len(some),
+            range(len(some)),
+            len(some),
+            alone[[*some]],
+        )
+        percept = model.perceive([], [QUESTION] * len(some), features)
+        clock = Clock(torch.device("cpu"))
+        answers, _, _ = decode(model, [plan] * len(some), percept, {"max_new_tokens": 16}, clock)
+        verdicts += [
+            answer.text == labels()[i].name for i, answer in zip(some, answers, strict=True)
+        ]
+    return verdicts
 
 
 def naming(model: IPN, some: Sequence[Stamp], choices: dict[str, str]) -> dict[str, Any]:
@@ -59,6 +89,7 @@ def naming(model: IPN, some: Sequence[Stamp], choices: dict[str, str]) -> dict[s
     true = [choices[stamp.name] in called().get(stamp.word, ()) for stamp in some]
     captioned = [i for i, stamp in enumerate(some) if stamp.word]
     return {
+        "names said back, of all classes": row(said_back(model)),
         "first choice of the classifier said": row(verdicts),
         "of those whose caption ends with a word of ours: first choice right": row(
             [true[i] for i in captioned]
@@ -79,7 +110,7 @@ def composed(
 ) -> dict[str, Any]:
     """Ask about composed pictures; by type, over all and over what the classifier knows alone."""
     every = open_task("photo-stamps", {"scenes": scenes}).examples(split)
-    examples = [e for e in every if e.type != "name"]
+    examples = [e for e in every if e.type in COMPOSED]
     report = evaluate(
         model, examples, task="photo-stamps", split=split, batch_size=16, shuffled=shuffled
     )
@@ -91,11 +122,26 @@ def composed(
         return all(choices[name] in called()[word[name]] for name in asked)
 
     found: dict[str, Any] = {}
-    for kind in ("exist", "side", "where"):
+    for kind in COMPOSED:
         mine = [p for p in report.predictions if p.example.type == kind]
         found[f"{kind}, all"] = row([p.right for p in mine])
         found[f"{kind}, known"] = row([p.right for p in mine if known(p.example)])
     return found
+
+
+def kinds(model: IPN, split: str) -> dict[str, Any]:
+    """Ask each photograph for kinds of things; the last row is the question of the README."""
+    every = open_task("photo-stamps", {"scenes": 0}).examples(split)
+    examples = [e for e in every if e.type == "kind"]
+    report = evaluate(model, examples, task="photo-stamps", split=split, batch_size=16)
+    there = [p for p in report.predictions if p.example.answers == ("yes",)]
+    absent = [p for p in report.predictions if p.example.answers == ("no",)]
+    dogs = [p for p in absent if p.example.names == ("dog",)]
+    return {
+        "a kind of thing that it shows": row([p.right for p in there]),
+        "a kind of thing that it does not show": row([p.right for p in absent]),
+        "of those, a dog": row([p.right for p in dogs]),
+    }
 
 
 def table(title: str, command: str, rows: dict[str, Any]) -> str:
@@ -118,6 +164,7 @@ def measure(source: str, tune: bool, scenes: int) -> dict[str, dict[str, Any]]:
     found = {"Naming": naming(model, half, choices)}
     splits = ("tune",) if tune else ("test", "paraphrase")
     for split in splits:
+        found[f"Kinds, {split}"] = kinds(model, split)
         found[f"Composed, {split}"] = composed(model, split, scenes, choices)
     found[f"Composed, {splits[0]}, shuffled requests"] = composed(
         model, splits[0], scenes, choices, shuffled=True

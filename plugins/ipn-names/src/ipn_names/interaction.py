@@ -53,7 +53,9 @@ class NamesConfig(Config):
         noise: standard deviation of the noise on whitened requests while training.
         lead: empty slots before the words, for what is learned to be read there.
         sure: below this probability of the first choice a name is said as a guess.
-        seen: from this probability in some window on, a thing is there.
+        seen: from this probability in some window on, a thing of one class is there.
+        chance: what every further class of its word adds to that, since the probabilities of many
+            classes come to something on any picture; 0 asks as much of every word.
     """
 
     width: int = Field(default=384, ge=8, le=4096)
@@ -61,7 +63,8 @@ class NamesConfig(Config):
     noise: float = Field(default=0.25, ge=0, le=10)
     lead: int = Field(default=0, ge=0, le=64)
     sure: float = Field(default=0.4, ge=0, le=1)
-    seen: float = Field(default=0.015, ge=0, le=1)
+    seen: float = Field(default=0.042, ge=0, le=1)
+    chance: float = Field(default=0.002, ge=0, le=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +91,7 @@ class Names(Interaction):
     tokens); a word stands for every label that it may be called by. Then
 
         name    the likeliest label in the windows of the place, or of the whole picture
-        exist   whether the labels of the word are likely enough in some window
+        exist   whether the word's n labels together have seen + chance·(n − 1) in some window
         where   the mean of the windows' centres, by how likely they are in each
 
     and the message is what is to be said, word for word. While something trains the gradient is
@@ -244,9 +247,10 @@ class _Look:
         """Return the shares (B, 2) of yes and no, and the choice."""
         self._likely = torch.einsum("bnwc,bc->bnw", self._evidence.windows, self._wanted)
         best = self._likely.flatten(1).amax(-1)
-        ratio = (best.clamp(min=1e-9) / max(self._config.seen, 1e-9)).log()
-        yes = ratio.sigmoid()
-        return torch.stack([yes, 1 - yes], dim=1), (best < self._config.seen).long()
+        further = (self._wanted.sum(-1) - 1).clamp(min=0)
+        least = self._config.seen + self._config.chance * further
+        yes = (best.clamp(min=1e-9) / least.clamp(min=1e-9)).log().sigmoid()
+        return torch.stack([yes, 1 - yes], dim=1), (best < least).long()
 
     def _where(self, centres: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """Return the shares (B, 10) of the nine cells and of nowhere, and the choice."""

@@ -46,6 +46,14 @@ CELL = 240
 FILLS = 0.9
 """How much of it the stamp takes."""
 
+KINDS = (
+    "dog", "cat", "bird", "snake", "fish", "insect", "reptile", "monkey", "animal", "fruit",
+    "vegetable", "clothing", "furniture", "instrument", "tool", "vehicle", "building",
+)  # fmt: skip
+"""Words that people ask for and that stand for many classes each."""
+ABSENT = 3
+"""Kinds that each photograph is asked for although it shows none; the first one is a dog."""
+
 Layout = tuple[tuple[int, int], tuple[str, ...]]
 LAYOUTS: tuple[Layout, ...] = (
     ((1, 2), ("left", "right")),
@@ -137,8 +145,10 @@ def compose(some: Sequence[Stamp], grid: tuple[int, int]) -> Image.Image:
 class PhotoStamps(Task):
     """What a photograph shows, and of several on white what is where, by their captions.
 
-    `name`: what is this; `exist`: is there such a thing, half of them yes; `side`: what is in a
-    place; `where`: in which place is it. Where a thing is to be named, every class that its
+    `name`: what is this; `kind`: is there one of a kind of thing that has many classes, such as a
+    dog, asked of each photograph for one that it shows, if any, and three that it does not.
+    Of composed ones, `exist`: is there such a thing, half of them yes; `side`: what is in a place;
+    `where`: in which place is it. Where a thing is to be named, every class that its
     caption's word may stand for is right, as a guess, too.
 
     Splits: `tune` and `test` have other photographs each; `paraphrase` asks about those of `test`
@@ -173,6 +183,9 @@ class PhotoStamps(Task):
         words = sorted({stamp.word for stamp in some})
         asker = _Asker(rng, words, HELD_OUT if split == "paraphrase" else None)
         found = [asker.name(stamp) for stamp in half]
+        kinds = random.Random(f"photo-stamps/{whose}/{self.seed}/kinds")
+        about = _Asker(kinds, words, asker.wordings)
+        found += [example for stamp in half for example in about.kinds(stamp)]
         for number in range(self.scenes):
             grid, places = LAYOUTS[number % len(LAYOUTS)]
             chosen = _different(rng, half, len(places))
@@ -205,6 +218,20 @@ class _Asker:
     def name(self, stamp: Stamp) -> Example:
         picture = Picture(stamp.name, functools.partial(load_image, stamp.path))
         return Example(self._word("name"), _accepted(stamp.word), (picture,), "name")
+
+    def kinds(self, stamp: Stamp) -> Iterator[Example]:
+        """Ask for what it is, and for what it is not; where only some of its classes are, skip."""
+        picture = Picture(stamp.name, functools.partial(load_image, stamp.path))
+        own = {*called()[stamp.word]}
+        shown = [kind for kind in KINDS if own <= {*called()[kind]}]
+        others = [kind for kind in KINDS if not own & {*called()[kind]}]
+        first = [kind for kind in others if kind == KINDS[0]]
+        drawn = self.rng.sample(others[len(first) :], ABSENT - len(first))
+        asked = [(kind, YES) for kind in self.rng.sample(shown, min(1, len(shown)))]
+        asked += [(kind, NO) for kind in (*first, *drawn)]
+        for kind, answer in asked:
+            question = self._thing("exist", kind)
+            yield Example(question, (answer,), (picture,), "kind", (kind,), (stamp.word,))
 
     def scene(
         self, some: Sequence[Stamp], grid: tuple[int, int], places: Sequence[str]
