@@ -11,6 +11,7 @@
 #                 (under 20 minutes on 2 cores; SCALE=0.05 tries a part and writes no document)
 # make lint       ruff and mypy
 # make audit      ask a database of vulnerabilities about every package of the tested set
+#                 (STRICT=1 fails where none answers)
 # make release-check  wheels and sdists built, looked into, installed where nothing else is, and tested
 #                 there; Python 3.12 and 3.13 without torch (PART=short: in a minute or so)
 # make lock       write the hashes of the tested set anew, after a change of requirements.txt
@@ -25,6 +26,7 @@ RESULTS ?= benchmarks/results
 BENCH ?=
 PART ?= whole
 SCALE ?= 1
+STRICT ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 DOCS := .venv-docs
@@ -103,13 +105,17 @@ bench: $(STAMP)
 bench-gpu: cuda
 	$(MEASURE) -m gpu $(BENCH); $(RENDER)
 
+# All of it together, where there is such a command: pytest bounds each test alone.
+BOUNDED := $(if $(shell command -v timeout),timeout --kill-after 20 1200)
+
 torture: $(STAMP)
 	@$(BIN)/ipn models pull smollm2-135m-instruct
 ifeq ($(SCALE),1)
-	$(BIN)/python -m pytest torture -q --timeout 1200; status=$$?; \
+	$(BOUNDED) $(BIN)/python -m pytest torture -q --timeout 600; status=$$?; \
 	  $(BIN)/python -m torture.render && exit $$status
 else
-	$(BIN)/python -m pytest torture -q --timeout 1200 --scale $(SCALE) --counts build/torture.json
+	$(BOUNDED) $(BIN)/python -m pytest torture -q --timeout 600 --scale $(SCALE) \
+	  --counts build/torture.json
 endif
 
 # What the targets for a GPU need, so that they need nothing else.
@@ -126,7 +132,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 audit: $(TOOLS_STAMP)
-	@$(BIN)/python -m release.audit --pip-audit $(TOOLS)/pip-audit
+	@$(BIN)/python -m release.audit --pip-audit $(TOOLS)/pip-audit $(if $(STRICT),--strict)
 
 # The models must be there, for the tests that ask them from the wheels.
 release-check: $(TOOLS_STAMP)

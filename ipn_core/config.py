@@ -142,8 +142,8 @@ class LoraConfig(Config):
         targets: which linear layers, by the last part of their name.
     """
 
-    rank: int = Field(default=8, ge=1)
-    alpha: int = Field(default=16, ge=1)
+    rank: int = Field(default=8, ge=1, le=65536)
+    alpha: int = Field(default=16, ge=1, le=65536)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
 

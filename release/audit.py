@@ -1,10 +1,11 @@
 """Ask a database of vulnerabilities about every package of the tested set: `make audit`.
 
-    python -m release.audit [--pip-audit PROGRAM]
+    python -m release.audit [--pip-audit PROGRAM] [--strict]
 
 Exit code 0: every package was looked up and none has a known vulnerability, or no database could be
-reached, which is then said with the number of packages that nobody looked up. Anything else is 1: a
-vulnerability, a package that the database does not know, a tool that fails.
+reached, which is then said with the number of packages that nobody looked up; with `--strict`, for
+where there is a network, that is 1, too. Anything else is 1: a vulnerability, a package that the
+database does not know, a tool that fails.
 
 Whether a database answers is found out by asking it about a release that is known to be vulnerable:
 pip-audit ends without complaint where an index merely has no such data.
@@ -78,13 +79,14 @@ def pinned(root: Path) -> list[list[str]]:
     return some
 
 
-def audit(sets: Sequence[Sequence[str]], program: str) -> Audit:
+def audit(sets: Sequence[Sequence[str]], program: str, *, strict: bool = False) -> Audit:
     """Look every requirement up in the first database that answers.
 
     Args:
         sets: requirements `name==version`, each with its marker if it has one, a list for each
             environment that they are installed into.
         program: pip-audit.
+        strict: whether it is a failure that no database answers.
     """
     asked = sum(map(len, sets))
     silent = []
@@ -99,7 +101,7 @@ def audit(sets: Sequence[Sequence[str]], program: str) -> Audit:
         runs = [_run(program, service, one) for one in sets]
         return _judged(_together(runs), service, asked)
     return Audit(
-        0,
+        1 if strict else 0,
         [
             "audit: could not reach a database of vulnerabilities: " + "; ".join(silent) + ".",
             f"audit: 0 of {asked} packages were looked up. "
@@ -172,7 +174,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pip-audit", default="pip-audit", metavar="PROGRAM")
-    result = audit(pinned(ROOT), parser.parse_args(words).pip_audit)
+    parser.add_argument("--strict", action="store_true", help="fail where no database answers")
+    given = parser.parse_args(words)
+    result = audit(pinned(ROOT), given.pip_audit, strict=given.strict)
     print("\n".join(result.lines))
     return result.code
 

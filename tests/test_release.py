@@ -137,7 +137,7 @@ SAFE = "audit: 2 packages looked up in {}, 0 vulnerable, 0 not known there."
 
 @pytest.mark.parametrize("answers", [{"pypi": {}}, {"pypi": "silent", "osv": {}}, {"osv": {}}])
 def test_a_set_that_is_safe_passes(release: Any, fake: Any, answers: Any) -> None:
-    found = release.audit.audit([["a==1"], ["b==2"]], fake(**answers))
+    found = release.audit.audit([["a==1"], ["b==2"]], fake(**answers), strict=True)
     assert (found.code, len(found.lines)) == (0, 1)
     assert found.lines[0] == SAFE.format("pypi" if answers.get("pypi") == {} else "osv")
 
@@ -168,6 +168,13 @@ def test_no_database_is_told_and_counted_and_no_success(
     assert found.code == 0
     assert found.lines[0].startswith("audit: could not reach a database of vulnerabilities: pypi (")
     assert found.lines[1].startswith("audit: 0 of 2 packages were looked up. Run 'make audit'")
+    strict = release.audit.audit([["a==1"], ["b==2"]], fake(**answers), strict=True)
+    assert (strict.code, strict.lines) == (1, found.lines)
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 0), (["--strict"], 1)])
+def test_strict_is_a_word_of_the_command(release: Any, fake: Any, words: Any, code: int) -> None:
+    assert release.audit.main(["--pip-audit", fake(), *words]) == code
 
 
 def test_every_package_is_asked_about_and_torch_too(release: Any) -> None:

@@ -55,7 +55,7 @@ async def ask(
         port: of the server.
         body: of the request.
         pause: seconds to wait before the answer is read.
-        gone: whether the server may be gone already; the status is 0 then.
+        gone: whether the server may be gone already; the status is 0 where it gave none.
     """
     try:
         async with asyncio.timeout(PATIENCE_S):
@@ -72,12 +72,14 @@ async def ask(
     return status, _said(content, bool(body.get("stream"))) if status == 200 else ""
 
 
-async def leave(port: int, body: dict[str, Any]) -> None:
-    """Begin to read a stream, and be gone."""
+async def leave(port: int, body: dict[str, Any]) -> int:
+    """Begin to read a stream, and be gone; returns the status that it began with."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(_request(_encoded({**body, "stream": True})))
+    head = await reader.readuntil(b"\r\n")
     await reader.read(64)
     writer.transport.abort()
+    return int(head.split()[1])
 
 
 async def send_slowly(port: int, body: dict[str, Any], seconds: float) -> tuple[int, str]:
@@ -95,7 +97,11 @@ async def send_slowly(port: int, body: dict[str, Any], seconds: float) -> tuple[
 
 
 async def send_too_much(port: int, size: int) -> int:
-    """Send a body of so many bytes; returns the status."""
+    """Send a body of so many bytes; returns the status, or 0 where it was cut off without one.
+
+    A server that hears no more of a body may close before its answer is read: the system then drops
+    what has not been read.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(_request(b"", size))
@@ -107,6 +113,6 @@ async def send_too_much(port: int, size: int) -> int:
     try:
         return (await _read(reader))[0]
     except (ConnectionError, asyncio.IncompleteReadError):
-        return 413
+        return 0
     finally:
         writer.close()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toys import toy_registry
@@ -16,6 +17,7 @@ from torture.tally import Tally
 RESULTS = Path(__file__).parent / "results" / "counts.json"
 COMMAND = "make torture"
 ROWS = pytest.StashKey[dict[str, list[Row]]]()
+CHOSEN = pytest.StashKey[set[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Begin without a count."""
     config.stash[ROWS] = {}
+    config.stash[CHOSEN] = set()
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +51,7 @@ def scaled(request: pytest.FixtureRequest) -> Callable[[int], int]:
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Iterator[Callable[..., Tally]]:
     """Open a tally by its name; when the test is done it is kept, and broken cases fail it."""
-    section = request.path.stem.removeprefix("torture_")
+    section = _section(request.node)
     opened: list[Tally] = []
 
     def open_(name: str, **options: float) -> Tally:
@@ -62,15 +65,44 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Callable[..., Tally]]:
         one.check()
 
 
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Remember that a section is not counted as a whole."""
+    for item in items:
+        item.config.stash[CHOSEN].add(_section(item))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write what was counted over what there was of the same names."""
+    """Write what was counted in place of what there was.
+
+    Where only some tests of a section were run, the rows of the others stay, and the day says so.
+    """
     path: Path = session.config.getoption("--counts")
     scale = session.config.getoption("--scale")
     again = COMMAND if scale == 1 else f"{COMMAND} SCALE={scale:g}"
+    by_name = any("::" in word for word in session.config.args)
     for name, rows in session.config.stash[ROWS].items():
         before = Results.read(path).sections if path.exists() else {}
-        kept = {row.name: row for row in before[name].rows} if name in before else {}
-        kept.update({row.name: row for row in rows})
-        section = Section(about=benchmarking.about("cpu", again), rows=tuple(kept.values()))
+        old = before.get(name) if by_name or name in session.config.stash[CHOSEN] else None
+        section = merged(rows, benchmarking.about("cpu", again), old)
         path.parent.mkdir(parents=True, exist_ok=True)
         benchmarking.store(path, "any", name, section)
+
+
+def merged(rows: Sequence[Row], about: Mapping[str, Any], old: Section | None) -> Section:
+    """Return a section of new rows, and of those old ones that were not counted again.
+
+    Args:
+        rows: new ones.
+        about: what they were counted on.
+        old: the section that there was, None to keep none of it.
+    """
+    kept = {row.name: row for row in old.rows} if old else {}
+    stays = bool(kept.keys() - {row.name for row in rows})
+    kept.update({row.name: row for row in rows})
+    if old and stays and (first := str(old.about["day"]).split(" ")[0]) != about["day"]:
+        about = {**about, "day": f"{first} to {about['day']}"}
+    return Section(about=about, rows=tuple(kept.values()))
+
+
+def _section(item: pytest.Item) -> str:
+    return item.path.stem.removeprefix("torture_")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 from collections.abc import Callable
@@ -15,14 +17,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from toys import picture, toy_model
 
+from ipn_core.cli import main
 from ipn_core.config import load_yaml, set_by_path
-from ipn_core.errors import PromptError
+from ipn_core.errors import PromptError, UserError
 from ipn_core.images import MAX_PIXELS, check_image, load_image
 from ipn_core.model import IPN
 from ipn_core.plan import Tokens
 from ipn_core.plugins import Registry
 from ipn_core.prompt import Prompt
 from ipn_core.tasks import open_task
+from ipn_core.testing.checkpoints import save_tiny_model
 from torture.damage import CORPUS, ODD, damages
 from torture.tally import Tally, peak_mib, reset_peak
 
@@ -105,6 +109,45 @@ def test_the_largest_pictures(tally: Any) -> None:
         counts.attempt(mode, lambda i=image: load_image(i), good=is_upright)
         counts.more["MiB"] = max(counts.more.get("MiB", 0), peak_mib() - before)
     assert counts.more["MiB"] < MEMORY_MIB
+
+
+def test_damaged_pictures_that_are_asked_about(tally: Any, scaled: Any, tmp_path: Path) -> None:
+    """`ipn ask` itself, with the files that it writes: both are there, or nothing is."""
+    counts = tally("damaged pictures given to `ipn ask --heatmap --trace`")
+    folder = tmp_path / "given"
+    folder.mkdir()
+    model = save_tiny_model(tmp_path / "models")
+    picture, written = folder / "picture", ("map.png", "trace.html")
+    options = ["-m", str(model)]
+    for option, name in zip(("--heatmap", "--trace"), written, strict=True):
+        options += [option, str(folder / name)]
+    made = {"picture", *written}
+
+    def ask(content: bytes) -> None:
+        for path in folder.iterdir():
+            path.unlink()
+        picture.write_bytes(content)
+        out, told = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(told):
+            code = main(["ask", str(picture), "What is it?", *options])
+        left = {path.name for path in folder.iterdir()}
+        assert "Traceback" not in told.getvalue()
+        if code == 2:
+            assert (left, out.getvalue()) == ({"picture"}, "")
+            assert str(picture) in told.getvalue()
+            assert told.getvalue().count("\n") == 1
+            raise UserError(told.getvalue())
+        assert (code, left) == (0, made), (code, left, told.getvalue())
+
+    @generated(scaled(200))
+    @given(st.sampled_from(sorted(CORPUS)), st.sampled_from(sorted(CORPUS)), damages())
+    def run(name: str, other: str, damage: Any) -> None:
+        content = damage(CORPUS[name], CORPUS[other])
+        counts.attempt(f"{name}, {damage}", lambda: ask(content))
+
+    run()
+    for name, content in ODD.items():
+        counts.attempt(name, lambda c=content: ask(c))
 
 
 # -- files of text ---------------------------------------------------------------------------------

@@ -18,6 +18,14 @@ from ipn_core.testing.tiny import tiny_backbone
 
 CLOSE = 1e-5
 """Of the largest logit."""
+SILENT = {
+    ("rvii", "interaction.blocks.0.self_attention.q"),
+    ("rvii", "interaction.blocks.0.cross_norm"),
+    ("rvii", "interaction.blocks.0.cross_attention.q"),
+    ("rvii", "interaction.blocks.1.self_attention.q"),
+}
+"""Where an overflow passes: all scores of an attention become minus infinity, which torch's softmax
+takes for a mask. Nowhere else may one."""
 STRATEGIES = ("tiny-look", "toy-both", "toy-static", "rvii")
 
 
@@ -78,13 +86,13 @@ def test_an_overflow_of_float16_anywhere_is_named(
                 found = counts.attempt(
                     f"{family}, {strategy}, {name}",
                     lambda m=model: m.ask(picture(1), "What is it?", max_new_tokens=2),
-                    # torch's softmax of nothing but minus infinity is 0, as if all were masked.
-                    good=lambda _, over=over, name=name: not any(over) or "interaction" in name,
+                    good=lambda _, over=over, at=(strategy, name): not any(over) or at in SILENT,
                     refusal=StageError,
                 )
                 handle.remove()
                 unnoticed = any(over) and not isinstance(found, StageError)
                 counts.more["unnoticed"] = counts.more.get("unnoticed", 0.0) + unnoticed
+    assert counts.more["unnoticed"] <= len(SILENT) * len(FAMILIES)
 
 
 def _overflow(over: list[bool], module: Any, inputs: Any, output: Any) -> None:

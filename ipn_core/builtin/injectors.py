@@ -32,7 +32,7 @@ class TokenInjectorConfig(Config):
             messages as they are. Messages must be as wide as the LLM's embeddings.
     """
 
-    hidden: int = 0
+    hidden: int = Field(default=0, ge=0, le=65536)
     norm: bool = True
     start: Literal["random", "words"] = "random"
     lookup: float | None = Field(default=None, gt=0)

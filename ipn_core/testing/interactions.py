@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from ipn_core.config import Config
@@ -19,7 +20,7 @@ class TinyInteractionConfig(Config):
         width: Dm.
     """
 
-    width: int = 16
+    width: int = Field(default=16, ge=1, le=65536)
 
 
 class TinyLook(Interaction):

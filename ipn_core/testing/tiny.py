@@ -10,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from ipn_core.config import Config
@@ -123,8 +124,8 @@ class TinyEncoderConfig(Config):
         seed: of the weights.
     """
 
-    width: int = 24
-    grid: int = 3
+    width: int = Field(default=24, ge=1, le=65536)
+    grid: int = Field(default=3, ge=1, le=1024)
     seed: int = 0
 
 

@@ -40,7 +40,7 @@ class InstructionConfig(Config):
 
     tokenizer: str
     subfolder: str = ""
-    vocabulary: int = Field(default=0, ge=0)
+    vocabulary: int = Field(default=0, ge=0, le=10_000_000)
     positions: int = Field(default=512, ge=8, le=65536)
 
 

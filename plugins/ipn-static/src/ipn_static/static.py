@@ -33,7 +33,7 @@ class StaticConfig(Config):
     """
 
     map: Literal["linear", "mlp"] = "linear"
-    hidden: int = Field(default=0, ge=0)
+    hidden: int = Field(default=0, ge=0, le=65536)
     pool: Literal["none", "mean"] | int = "none"
     tokens: int = Field(default=0, ge=0, le=WIDEST_GRID**2)
     norm: bool = True

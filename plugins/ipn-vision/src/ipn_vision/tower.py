@@ -51,7 +51,7 @@ class VisionTowerConfig(Config):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     image_size: int | tuple[int, int] | None = None
     preprocess: dict[str, Any] | None = None
-    batch: int = Field(default=16, ge=1)
+    batch: int = Field(default=16, ge=1, le=65536)
 
 
 class VisionTower(VisionEncoder):
