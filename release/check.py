@@ -40,6 +40,7 @@ SHORT = (
 """Discovery, saving, pictures, the engine, the command line and a member of each folder."""
 OF_THE_SOURCES = (
     # They read, list or link to the sources, which are not here.
+    "tests/test_error_texts.py",
     "tests/test_imports.py",
     "tests/test_readme.py",
     "tests/test_release.py",
