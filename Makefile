@@ -8,7 +8,8 @@
 # make bench      the benchmarks, their results, and the documents that show them (20 minutes on 2 cores)
 # make bench-gpu  the same on a CUDA device
 # make torture    what must never break, tried widely and counted for docs/reliability.md
-#                 (under 20 minutes on 2 cores; SCALE=0.05 tries a part and writes no document)
+#                 (under 20 minutes on 2 cores; SCALE=0.05 tries a part and writes no document;
+#                 SECTIONS="inputs numbers" for some of it)
 # make lint       ruff and mypy
 # make audit      ask a database of vulnerabilities about every package of the tested set
 #                 (STRICT=1 fails where none answers)
@@ -26,6 +27,7 @@ RESULTS ?= benchmarks/results
 BENCH ?=
 PART ?= whole
 SCALE ?= 1
+SECTIONS ?=
 STRICT ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -107,14 +109,15 @@ bench-gpu: cuda
 
 # All of it together, where there is such a command: pytest bounds each test alone.
 BOUNDED := $(if $(shell command -v timeout),timeout --kill-after 20 1200)
+TORTURES = $(or $(patsubst %,torture/torture_%.py,$(SECTIONS)),torture)
 
 torture: $(STAMP)
 	@$(BIN)/ipn models pull smollm2-135m-instruct
 ifeq ($(SCALE),1)
-	$(BOUNDED) $(BIN)/python -m pytest torture -q --timeout 600; status=$$?; \
+	$(BOUNDED) $(BIN)/python -m pytest $(TORTURES) -q --timeout 600; status=$$?; \
 	  $(BIN)/python -m torture.render && exit $$status
 else
-	$(BOUNDED) $(BIN)/python -m pytest torture -q --timeout 600 --scale $(SCALE) \
+	$(BOUNDED) $(BIN)/python -m pytest $(TORTURES) -q --timeout 600 --scale $(SCALE) \
 	  --counts build/torture.json
 endif
 

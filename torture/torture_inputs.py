@@ -146,8 +146,8 @@ def test_damaged_pictures_that_are_asked_about(tally: Any, scaled: Any, tmp_path
         counts.attempt(f"{name}, {damage}", lambda: ask(content))
 
     run()
-    for name, content in ODD.items():
-        counts.attempt(name, lambda c=content: ask(c))
+    for name in sorted(ODD)[: scaled(len(ODD))]:
+        counts.attempt(name, lambda c=ODD[name]: ask(c))
 
 
 # -- files of text ---------------------------------------------------------------------------------
