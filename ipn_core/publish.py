@@ -11,12 +11,15 @@ from typing import Any
 
 from ipn_core.checkpoint import CONFIG, WEIGHTS, config_path, strategies_of
 from ipn_core.errors import IPNError, UserError, first_line
+from ipn_core.training.metrics import METRICS, best_validation, last_validation, read_metrics
 
 __all__ = ["model_card", "push"]
 
 CARD = "README.md"
 TRAINING = "train.json"
 """The resolved config that a training leaves in its folder."""
+_BEST = "best"
+"""The folder of the model of the best validation, in that of its training."""
 _LIBRARIES = ("ipn-core", "torch", "transformers", "accelerate")
 
 
@@ -63,7 +66,8 @@ def model_card(folder: Path, repository: str) -> str:
 
     Args:
         folder: a checkpoint; scores come from the files in it that `ipn eval --json` wrote, and the
-            training from `train.json` in it or next to it.
+            training from `train.json` in it or next to it, with the validations of its
+            `metrics.jsonl`.
         repository: where it will lie.
     """
     from huggingface_hub import ModelCardData
@@ -91,12 +95,15 @@ def model_card(folder: Path, repository: str) -> str:
     if scores := list(_scores(folder)):
         head = "| task | split | questions | right | 95 % interval |\n|---|---|---|---|---|"
         parts += ["## Scores", "\n".join([head, *scores])]
-    if _training(folder) is not None:
+    if (training := _training(folder)) is not None:
         parts += [
             "## Training",
             f"With [`{TRAINING}`]({TRAINING}) of this repository:",
             f"```\nipn train {TRAINING}\n```",
         ]
+        if validated := _validated(training.with_name(METRICS), folder.resolve().name == _BEST):
+            head = "| validated on | right |\n|---|---|"
+            parts += ["\n".join([head, *validated])]
     parts += [
         "## Config",
         f"```json\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```",
@@ -111,7 +118,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path | bytes]]:
     if (folder / "model" / CONFIG).is_file() and (folder / TRAINING).is_file():
         raise UserError(
             f"'{folder}' is a training. Push the model in it: '{folder / 'model'}', or '"
-            f"{folder / 'best'}' for the best one on its validation examples."
+            f"{folder / _BEST}' for the best one on its validation examples."
         )
     parts = {folder, *strategies_of(folder).values()}
     for part in sorted(parts):
@@ -149,6 +156,17 @@ def _scores(folder: Path) -> Iterator[str]:
             and {"task", "split", "n", "accuracy", "ci95"} <= found.keys()
         ):
             yield _score(found)
+
+
+def _validated(path: Path, best: bool) -> list[str]:
+    """Return rows of the validation that shows a training's model: the best, or the last one."""
+    entries = read_metrics(path)
+    entry = best_validation(entries) if best else last_validation(entries)
+    if entry is None:
+        return []
+    where = f"stage {entry['stage']}, step {entry['step']}"
+    rows = {f"all, after {where}": entry["accuracy"], **entry["by_type"]}
+    return [f"| {name} | {100 * accuracy:.1f} % |" for name, accuracy in rows.items()]
 
 
 def _score(found: Mapping[str, Any]) -> str:

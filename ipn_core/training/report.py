@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +21,7 @@ from rich.progress import (
 
 from ipn_core.files import atomic_write
 from ipn_core.progress import NOTE_EVERY_S
+from ipn_core.training.metrics import Metrics
 from ipn_core.training.processes import together
 
 if TYPE_CHECKING:
@@ -33,38 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Log", "Metrics", "Moving", "bar", "plot"]
 
-METRICS = "metrics.jsonl"
 PLOT = "loss.png"
-
-
-class Metrics:
-    """Lines of JSON, one an entry; resuming forgets those after the saved state."""
-
-    def __init__(self, folder: Path, stage: int = 0, step: int = 0) -> None:
-        """Open the file, keeping what was logged up to a step of a stage."""
-        self.path = folder / METRICS
-        kept = [e for e in self.read() if (e["stage_index"], e["step"]) <= (stage, step)]
-        atomic_write(self.path, "".join(json.dumps(e) + "\n" for e in kept).encode())
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return all whole lines."""
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines if line]
-
-    def best(self) -> dict[str, Any] | None:
-        """Return the entry of the best validation, the first one, of the last stage with any."""
-        judged = [entry for entry in self.read() if "accuracy" in entry]
-        last = [e for e in judged if e["stage_index"] == judged[-1]["stage_index"]]
-        return max(last, key=lambda e: e["accuracy"], default=None)
-
-    def write(self, **entry: Any) -> None:
-        """Append a line."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 class Log:

@@ -125,6 +125,30 @@ def test_the_card_tells_scores_command_config_and_versions(
     assert f"ipn-core {version('ipn-core')}, torch {version('torch')}" in text
 
 
+def test_the_card_tells_what_the_training_validated(
+    hub: Hub, trained: Path, ipn: Callable[..., Run]
+) -> None:
+    """Of `best` the best validation of its last stage, of `model` the last one."""
+    lines = [
+        {"stage": "align", "stage_index": 0, "step": 9, "accuracy": 0.99, "by_type": {}},
+        {"stage": "join", "stage_index": 1, "step": 2, "loss": 1.0},
+        *(
+            {"stage": "join", "stage_index": 1, "step": step, "accuracy": accuracy}
+            | {"by_type": {"emoji-scenes/val/count": accuracy / 2}}
+            for step, accuracy in ((2, 0.5), (4, 0.75), (6, 0.625))
+        ),
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (trained.parent / "metrics.jsonl").write_text(text + '{"half')
+    shutil.copytree(trained, trained.parent / "best")
+    for name, step, rows in (("best", 4, ("75.0", "37.5")), ("model", 6, ("62.5", "31.2"))):
+        assert ipn("push", trained.parent / name, f"me/{name}").code == 0
+        card = (hub.folder / "me" / name / "README.md").read_text()
+        assert f"| all, after stage join, step {step} | {rows[0]} % |" in card
+        assert f"| emoji-scenes/val/count | {rows[1]} % |" in card
+        assert card.count("| all, after") == 1
+
+
 def test_an_index_is_pushed_with_every_strategy(
     hub: Hub, home: Path, ipn: Callable[..., Run]
 ) -> None:
