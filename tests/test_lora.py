@@ -204,6 +204,28 @@ def test_it_trains_is_saved_and_says_the_same_again(llm: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("own_training")
+@pytest.mark.parametrize("trained", [BOTH[1:], BOTH], ids=["frozen", "adapted"])
+def test_a_training_on_a_bf16_backbone_learns_in_fp32(
+    llm: Path, tmp_path: Path, trained: list[str]
+) -> None:
+    one = stage("s", "language", train=trained, steps=12, lr=1e-2)
+    make = with_lora if "backbone.lora" in trained else lesson
+    values = make(llm, one)
+    values["model"]["backbone"]["dtype"] = "bfloat16"
+    values["model"]["interact"] |= {"dropout": 0.0, "noise": 0.0}
+    run = training(values, tmp_path / "run")
+    run.run()
+    losses = [entry["loss"] for entry in metrics(tmp_path / "run")]
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
+    assert "the backbone is unchanged" in said(run)
+    saved = load_file(tmp_path / "run" / "model" / WEIGHTS)
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert any("lora" in name for name in saved) == ("backbone.lora" in trained)
+    again = IPN.from_pretrained(tmp_path / "run" / "model", registry=lesson_registry())
+    assert again.backbone.dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("own_training")
 def test_it_learns_through_requests_alone(
     llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

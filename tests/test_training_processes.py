@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -16,8 +15,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from lessons import STOPPED, four_stages, lesson, metrics, stage, training, weights
-from safetensors.torch import load_file
+from lessons import (
+    STOPPED,
+    four_stages,
+    furthest,
+    lesson,
+    metrics,
+    noiseless,
+    stage,
+    stop_at,
+    training,
+    weights,
+)
 from torch import Tensor
 
 from ipn_core.errors import ConfigError
@@ -38,27 +47,6 @@ OBJECTIVES = {
     "look-again": stage("s", {"language": 1.0, "look-again": 0.5}, train=LOOKING, groups=5),
     "image-text": stage("s", "image-text", train=["perceive"], groups=5, group_by="question"),
 }
-
-
-def noiseless(llm: Path, *stages: dict[str, Any], looks: int = 0, **more: Any) -> dict[str, Any]:
-    """A lesson in which nothing that a share of a step draws alone is random, nor a step noise.
-
-    Along some weights a loss is flat, such as the bias of an attention's keys. Rounding differs
-    with the order of sums, and with its usual `eps` AdamW makes steps of the full rate of it.
-    """
-    values = lesson(llm, *({**copy.deepcopy(s), "eps": 1e-5} for s in stages), **more)
-    values["model"]["interact"] |= {"dropout": 0.0, "noise": 0.0}
-    if looks:
-        values["data"] = [{"task": "colours", "options": {"looks": looks}}]
-        values["model"]["layout"]["look_again"] = looks
-    return values
-
-
-def furthest(one: Path, other: Path) -> float:
-    """The largest difference between the weights of two trainings."""
-    first, second = (load_file(run / "model" / "model.safetensors") for run in (one, other))
-    assert first.keys() == second.keys()
-    return max(float((value - second[key]).abs().max()) for key, value in first.items())
 
 
 class Share(Accelerator):
@@ -196,6 +184,38 @@ def test_two_processes_give_the_weights_of_one_whoever_resumes(llm: Path, tmp_pa
 
     training(values, tmp_path / "alone", resume=True).run()
     assert furthest(tmp_path / "alone", tmp_path / "two") <= 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_one_began(
+    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = shared_out(llm)
+    training(values, tmp_path / "one").run()
+
+    def interrupt(_: StageRun) -> None:
+        raise KeyboardInterrupt
+
+    stop_at(monkeypatch, 12, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        training(values, tmp_path / "broken").run()
+    done = launched(values, tmp_path / "broken")
+    assert done.returncode == 0, done.stderr
+    assert furthest(tmp_path / "broken", tmp_path / "one") <= 1e-5
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "broken"), strict=True):
+        assert two.get("loss", 0) == pytest.approx(one.get("loss", 0), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [{}, {"LESSON_FSDP": "yes"}], ids=["whole", "parts"])
+def test_the_process_that_meets_a_bad_number_tells_all_where(
+    llm: Path, tmp_path: Path, parts: dict[str, str]
+) -> None:
+    values = noiseless(llm, stage("s", "language", train=["interact"], groups=5, steps=9))
+    done = launched(values, tmp_path / "run", LESSON_SPOIL="1", **parts)
+    assert done.returncode != 0
+    where = "stage 's', step 3: the output of interaction.request_mlp, and so the loss 'language'"
+    assert done.stderr.count(f"{where}, is not finite") >= 1, done.stderr
 
 
 @pytest.mark.slow

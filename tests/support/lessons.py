@@ -5,6 +5,7 @@ Pictures are two colours side by side. Asked are the colour of a side and the si
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import io
@@ -22,7 +23,7 @@ import torch
 from kills import PACE
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ipn_core.testing.plugin
 from ipn_core.hooks import hookimpl
@@ -149,6 +150,27 @@ def lesson(llm: Path, *stages: dict[str, Any], **more: Any) -> dict[str, Any]:
     }
 
 
+def noiseless(llm: Path, *stages: dict[str, Any], looks: int = 0, **more: Any) -> dict[str, Any]:
+    """A lesson in which nothing that a share of a step draws alone is random, nor a step noise.
+
+    Along some weights a loss is flat, such as the bias of an attention's keys. Rounding differs
+    with the order of sums, and with its usual `eps` AdamW makes steps of the full rate of it.
+    """
+    values = lesson(llm, *({**copy.deepcopy(s), "eps": 1e-5} for s in stages), **more)
+    values["model"]["interact"] |= {"dropout": 0.0, "noise": 0.0}
+    if looks:
+        values["data"] = [{"task": "colours", "options": {"looks": looks}}]
+        values["model"]["layout"]["look_again"] = looks
+    return values
+
+
+def furthest(one: Path, other: Path) -> float:
+    """The largest difference between the weights of two trainings."""
+    first, second = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    assert first.keys() == second.keys()
+    return max(float((value - second[key]).abs().max()) for key, value in first.items())
+
+
 def training(values: dict[str, Any], folder: Path, **more: Any) -> Training:
     """A training that says nothing here; its console keeps what it says."""
     config = TrainConfig.parse(values, "lesson")
@@ -186,6 +208,13 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, calls: int, act: Callable[[StageRun
         return advance(self)
 
     monkeypatch.setattr(StageRun, "advance", counted)
+
+
+def spoil(run: StageRun) -> None:
+    """Let a layer give NaN from here on."""
+    assert run.model.interaction is not None
+    layer: Any = run.model.interaction.request_mlp
+    layer.register_forward_hook(lambda module, inputs, output: output * float("nan"))
 
 
 def without_labels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +276,8 @@ def main(config: str, folder: str, rank: str | None = None) -> None:
     """Train in this process, going on from what is there.
 
     The environment's LESSON_STOP is the step before which the training is interrupted; with
-    LESSON_FSDP each process holds a part of every weight.
+    LESSON_FSDP each process holds a part of every weight, and the process of number LESSON_SPOIL
+    meets NaN at step 3.
 
     Args:
         config: a JSON file.
@@ -262,6 +292,8 @@ def main(config: str, folder: str, rank: str | None = None) -> None:
         share_weights_out()
     if stop := int(os.environ.get("LESSON_STOP", "0")):
         stop_at(pytest.MonkeyPatch(), stop, lambda _: sys.exit(STOPPED))
+    if os.environ.get("LESSON_SPOIL") == os.environ.get("RANK", "0"):
+        stop_at(pytest.MonkeyPatch(), 3, spoil)
     if rank is None:
         training(values, Path(folder), resume=True).run()
         return
