@@ -62,6 +62,7 @@ REFUSED = {
 }
 """Wrong on purpose, with what must be said."""
 
+LAUNCHED = "tests/test_training_launch.py::test_accelerate_launch_gives_the_weights_of_one_process"
 ELSEWHERE = {
     'ipn ask examples/scene.png "Is there a dog?" --model runs/film/model': (
         "tests/test_write_a_plugin.py::test_the_package_trains_and_answers"
@@ -143,14 +144,11 @@ ELSEWHERE = {
     "--tasks ipn-easy-vqa": (
         "plugins/ipn-lmms-eval/tests/test_lmms_eval.py::test_it_answers_and_scores_as_ipn_eval_does"
     ),
-    "accelerate launch --num_processes 4 -m ipn_core.training CONFIG.yaml": (
-        "tests/test_training_processes.py::"
-        "test_two_processes_give_the_weights_of_one_whoever_resumes"
-    ),
+    "accelerate launch --num_processes 4 -m ipn_core.training CONFIG.yaml": LAUNCHED,
+    "accelerate launch --num_machines 2 --num_processes 16 --machine_rank 0 --main_process_ip HOST "
+    "--main_process_port 29500 -m ipn_core.training CONFIG.yaml": LAUNCHED,
     "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
-    "-m ipn_core.training CONFIG.yaml": (
-        "tests/test_training_processes.py::test_weights_in_parts_give_the_same_weights"
-    ),
+    "-m ipn_core.training CONFIG.yaml": LAUNCHED,
 }
 """Run by a test that is smaller or has what they need, with its own model, data and packages."""
 
@@ -177,8 +175,6 @@ NOT_RUN = {
     "mmbench_en_dev,seedbench,vqav2_val,gqa,ok_vqa_val2014,scienceqa_img": LMMS_EVAL,
     "accelerate launch -m lmms_eval --model ipn --model_args pretrained=USER/NAME,interact=rvii "
     "--tasks mme": LMMS_EVAL,
-    "accelerate launch --num_machines 2 --num_processes 16 --machine_rank 0 --main_process_ip HOST "
-    "--main_process_port 29500 -m ipn_core.training CONFIG.yaml": "needs two machines",
     "lmms-eval --model ipn --model_args pretrained=starter,interact=rvii --tasks mme "
     "--batch_size 16": LMMS_EVAL,
     "ipn eval emoji-details --split test --batch-size 48 --model runs/details-zoom/model": HOURS,

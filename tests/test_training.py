@@ -52,6 +52,7 @@ def test_four_objectives_train_a_checkpoint_that_answers(llm: Path, tmp_path: Pa
     target = run.run()
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "best",
+        "lock",
         "loss.png",
         "metrics.jsonl",
         "model",

@@ -358,6 +358,15 @@ def test_a_stage_that_looks_at_no_validation_examples_says_so_once(
     assert len(accurate) == (2 if validate_on and not note else 0)
 
 
+def test_workers_that_have_nothing_to_do_are_told(llm: Path, tmp_path: Path) -> None:
+    text = "'workers' does nothing without 'stream': other data is encoded once, at the start\n"
+    for workers in (0, 2):
+        values = lesson(llm, stage("s", "language", steps=1), workers=workers)
+        run = training(values, tmp_path / f"{workers}")
+        run.run()
+        assert said(run).count(text) == bool(workers)
+
+
 def test_off_a_terminal_progress_is_a_line_every_ten_seconds() -> None:
     now = [0.0]
     file = io.StringIO()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,14 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from ipn_core.errors import ConfigError
+from ipn_core.files import claim
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["accelerate", "agree", "gathered", "laid_out", "sharded", "shares", "together", "whole"]
+__all__ = [
+    "accelerate",
+    "agree",
+    "gathered",
+    "held",
+    "laid_out",
+    "sharded",
+    "shares",
+    "together",
+    "whole",
+]
 
 T = TypeVar("T")
 
+_LOCK = "lock"
 _WAIT = timedelta(hours=6)
 """How long processes wait for one that encodes pictures; a dead one is noticed by the launcher."""
 
@@ -67,6 +79,7 @@ def accelerate(precision: str, trackers: Sequence[str], folder: Path) -> Acceler
             f"precision {precision} cannot be used in this process: {error}"
         ) from None
     _check_kind(made)
+    _check_launch(made)
     if made.is_fsdp2:
         # Autocast decides what is computed in which precision, as it does without FSDP.
         made.state.fsdp_plugin.mixed_precision_policy = None
@@ -103,6 +116,24 @@ def _check_kind(accelerator: Accelerator) -> None:
         raise ConfigError("FSDP is supported in version 2. Launch with --fsdp_version 2.")
 
 
+def _check_launch(accelerator: Accelerator) -> None:
+    """Refuse to train alone where a launcher was asked for several processes.
+
+    `accelerate launch --cpu` starts a single process whatever `--num_processes` says; where that or
+    `--num_machines` is above 1, it names a place to meet, but no number of processes.
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
+    alone = accelerator.num_processes == 1
+    if alone and (asked > 1 or (by_accelerate and "MASTER_ADDR" in os.environ)):
+        raise ConfigError(
+            "a launcher was told to start several processes, and this one knows of no other: each "
+            "would train alone. On a CPU, set ACCELERATE_USE_CPU=true and use 'accelerate launch "
+            "--multi_gpu', which works there too, instead of --cpu; for one process alone, use "
+            "'ipn train'."
+        )
+
+
 def sharded(accelerator: Accelerator) -> bool:
     """Whether each process holds a part of every weight only (FSDP2)."""
     return bool(accelerator.is_fsdp2)
@@ -119,6 +150,25 @@ def agree(accelerator: Accelerator, value: Any, folder: Path) -> None:
             f"the processes find different saved states in '{folder}'. Choose with --out a folder "
             "that all machines share."
         )
+
+
+@contextmanager
+def held(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Keep a folder to the processes of one training; the system frees it when they die.
+
+    Raises:
+        ConfigError: another training runs there.
+    """
+    with ExitStack() as stack:
+        free = True
+        if accelerator.is_main_process:
+            free = stack.enter_context(claim(folder / _LOCK))
+        if not all(together(accelerator, [free])):
+            raise ConfigError(
+                f"another process trains in '{folder}' at this moment. Wait for it, end it, or "
+                "choose another folder with --out."
+            )
+        yield
 
 
 def together(accelerator: Accelerator, mine: list[T]) -> list[T]:

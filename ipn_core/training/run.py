@@ -27,7 +27,7 @@ from ipn_core.training.data import Data, DataSource
 from ipn_core.training.features import FeatureCache
 from ipn_core.training.loop import StageRun
 from ipn_core.training.parameters import trainable
-from ipn_core.training.processes import accelerate, agree, sharded, whole
+from ipn_core.training.processes import accelerate, agree, held, sharded, whole
 from ipn_core.training.report import Log, Moving, bar, plot
 from ipn_core.training.requests import backbone_digest
 from ipn_core.training.state import (
@@ -39,7 +39,7 @@ from ipn_core.training.state import (
     save_state,
     weights_of,
 )
-from ipn_core.training.stream import open_data
+from ipn_core.training.stream import Stream, open_data
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -166,11 +166,30 @@ class Training:
         validation = [Data(entry, self.registry, True) for entry in self.config.validate_on]
         left = self.config.stages[self.position.stage :]
         check_stages(left, model, data, self.registry, self.config.seed)
+        self._note_unused_workers(data)
         if self._hint and accelerator.num_processes == 1:
             self._note(self._hint)
-        frozen = FrozenBackbone(model)
         self._encode([*data, *validation], model)
         make_folder(self.folder)
+        with held(accelerator, self.folder):
+            there = peek(self.folder)
+            here = None if there is None else (there.stage, there.step)
+            if here != ((self.position.stage, self.position.step) if begun else None):
+                raise ConfigError(
+                    f"another process has trained in '{self.folder}' since this one looked. Go on "
+                    "from there with --resume."
+                )
+            return self._train(accelerator, model, data, validation)
+
+    def _train(
+        self,
+        accelerator: Accelerator,
+        model: IPN,
+        data: list[DataSource],
+        validation: list[Data],
+    ) -> Path:
+        """Train the stages that are left, in a folder that nobody else writes to."""
+        frozen = FrozenBackbone(model)
         if accelerator.is_main_process:
             remove_unfinished(self.folder)
             text = json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n"
@@ -354,6 +373,12 @@ class Training:
             )
         elif stage.validate_every and not validation:
             self._note(f"{stage.name}: 'validate_every' does nothing without 'validate_on'")
+
+    def _note_unused_workers(self, data: Sequence[DataSource]) -> None:
+        if self.config.workers and not any(isinstance(one, Stream) for one in data):
+            self._note(
+                "'workers' does nothing without 'stream': other data is encoded once, at the start"
+            )
 
     def _note(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
