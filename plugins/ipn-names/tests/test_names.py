@@ -51,10 +51,15 @@ def build(things: Sequence[Label] = THINGS, **options: Any) -> Handed:
 
 
 def shown(
-    names: Handed, kind: str, pictures: list[torch.Tensor], place: str = "", word: str = ""
+    names: Handed,
+    kind: str,
+    pictures: list[torch.Tensor],
+    place: str = "",
+    word: str = "",
+    asked: Understood | None = None,
 ) -> tuple[str, torch.Tensor]:
     """What is said about pictures, each (h, w, labels) of logits, and where it was looked."""
-    names.asked = Understood(
+    names.asked = asked or Understood(
         torch.eye(3)[KINDS.index(kind)][None] * 9,
         torch.eye(10)[CELLS.index(place) if place else WHOLE][None] * 9,
         torch.eye(len(names.words))[names.words.index(word) if word else 0][None] * 99,
@@ -137,6 +142,15 @@ def test_many_classes_that_are_each_unlikely_are_no_dog() -> None:
     picture[:3, :3, [label.name for label in every].index("beagle")] = 12
     assert shown(build(every), "exist", [picture], word="dog")[0] == YES
     assert shown(build(every), "exist", [picture], word="tench")[0] == NO
+
+
+def test_a_word_that_is_hardly_understood_needs_no_more_evidence() -> None:
+    names = build()
+    words = torch.zeros(1, len(names.words))
+    words[0, names.words.index("dog")] = 0.1
+    asked = Understood(torch.tensor([[0.0, 9, 0]]), torch.zeros(1, 10), words)
+    for thing, answer in (("beagle", YES), ("mug", NO)):
+        assert shown(names, "exist", [board(all=thing)], asked=asked)[0] == answer
 
 
 @pytest.mark.parametrize("n", [1, 3])

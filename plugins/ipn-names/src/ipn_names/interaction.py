@@ -213,7 +213,10 @@ class _Look:
         self._kind = understood.kinds.argmax(-1)
         self._place = understood.places.argmax(-1)
         self._shows = names.shows
-        self._wanted = understood.words.float().softmax(-1) @ names.called.float()
+        words = understood.words.float().softmax(-1)
+        # The likeliest word alone, or what is half understood would need the whole evidence.
+        likeliest = F.one_hot(words.argmax(-1), words.shape[-1]).to(words)
+        self._wanted = (likeliest + words - words.detach()) @ names.called.float()
         kinds = understood.kinds.float().softmax(-1)
         named, what = self._name(understood.places.float().softmax(-1))
         there, whether = self._exist()
