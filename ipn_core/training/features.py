@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["FeatureCache"]
 
 _BATCH, _BATCH_ON_CPU = 8, 1
-"""Pictures that always go through the encoder together; a CPU is about as fast with one at a time."""
+"""Pictures that go through the encoder at once; a CPU is about as fast with one at a time."""
 _SHARD = 64
 """Pictures a shard, at most."""
 _LOCKS = 64
