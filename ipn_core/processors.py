@@ -18,7 +18,6 @@ from typing import NamedTuple
 __all__ = ["Allowed", "allowed_cpus", "allowed_threads", "cpu_model", "limit_threads"]
 
 ROOT = Path("/")
-UNIFIED, LEGACY = ("sys/fs/cgroup",), ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct")
 VARIABLE = "OMP_NUM_THREADS"
 
 

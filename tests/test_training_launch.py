@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -153,6 +154,28 @@ def test_a_folder_in_which_a_training_runs_is_refused(
     ]
     with claim(tmp_path / "run" / "lock") as free:
         assert free
+
+
+def test_where_a_file_system_keeps_no_locks_it_trains_all_the_same(
+    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = lesson(llm, stage("s", "language", steps=1))
+    locked: list[Path] = []
+
+    def without(errno_: int) -> None:
+        def claimed(path: Path) -> None:
+            locked.append(path)
+            raise OSError(errno_, os.strerror(errno_))
+
+        monkeypatch.setattr("ipn_core.training.processes.claim", claimed)
+
+    without(errno.ENOLCK)
+    training(values, tmp_path / "run").run()
+    assert locked == [tmp_path / "run" / "lock"]
+    assert weights(tmp_path / "run")
+    without(errno.EACCES)
+    with pytest.raises(OSError, match="Permission denied"):
+        training(values, tmp_path / "other").run()
 
 
 def test_a_training_that_came_between_is_noticed(llm: Path, tmp_path: Path) -> None:

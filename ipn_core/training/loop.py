@@ -257,7 +257,10 @@ class StageRun:
             self._seed()
             total, parts = self._losses(batch, self._shares([batch])[0])
             losses = {name: float(loss) for name, loss in parts.items()}
-            bad = first_bad(self.trained, losses, lambda: self._first_not_finite([batch]))
+            # One of several processes may be alone in this: its forward would wait for the others.
+            alone = self.accelerator.num_processes == 1
+            within = (lambda: self._first_not_finite([batch])) if alone else None
+            bad = first_bad(self.trained, losses, within)
             if bad:
                 raise TrainingError(f"before the first step: {bad} is not finite.")
             if not any(losses.values()):

@@ -6,6 +6,7 @@ weighted so that the average is the mean over the whole step, however it is shar
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,8 @@ __all__ = [
 T = TypeVar("T")
 
 _LOCK = "lock"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What a file system says that keeps no locks."""
 _WAIT = timedelta(hours=6)
 """How long processes wait for one that encodes pictures; a dead one is noticed by the launcher."""
 
@@ -156,13 +159,19 @@ def agree(accelerator: Accelerator, value: Any, folder: Path) -> None:
 def held(accelerator: Accelerator, folder: Path) -> Iterator[None]:
     """Keep a folder to the processes of one training; the system frees it when they die.
 
+    A file system that knows no locks keeps nothing.
+
     Raises:
         ConfigError: another training runs there.
     """
     with ExitStack() as stack:
         free = True
         if accelerator.is_main_process:
-            free = stack.enter_context(claim(folder / _LOCK))
+            try:
+                free = stack.enter_context(claim(folder / _LOCK))
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
         if not all(together(accelerator, [free])):
             raise ConfigError(
                 f"another process trains in '{folder}' at this moment. Wait for it, end it, or "
