@@ -75,7 +75,7 @@ def address(environment: Environment, folder: Path) -> Iterator[str]:
         yield found
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
+        process.wait(timeout=240)  # a cluster ends slowly beside other work
 
 
 def _healthy(address: str) -> bool:
