@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from accelerate.state import AcceleratorState
 from lessons import save_llm
 from toys import toy_registry
 
+from ipn_core.attention import choice
 from ipn_core.plugins import Registry
 
 
@@ -36,3 +38,13 @@ def own_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train as a process of its own would: with empty caches, and in whatever precision."""
     monkeypatch.setenv("IPN_CACHE", str(tmp_path / "cache"))
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let `auto` go by a table, which no test has written before this one."""
+    monkeypatch.setenv("IPN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(choice.SWITCH)
+    choice.forget()
+    yield
+    choice.forget()

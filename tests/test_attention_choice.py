@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,9 @@ MASKINGS = ("none", "mask", "bias", "lengths", "packed", "mask+bias", "mask+bias
 
 
 @pytest.fixture(autouse=True)
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def table(own_table: None) -> Path:
     """Where the table of this machine lies: in a cache of the test's own, and not there yet."""
-    monkeypatch.setenv("IPN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv(choice.SWITCH)
-    choice.forget()
-    yield table_path(CPU)
-    choice.forget()
+    return table_path(CPU)
 
 
 def taken(case: Case) -> str:

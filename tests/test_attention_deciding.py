@@ -6,13 +6,12 @@ import random
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from ipn_core.attention import choice, deciding, timing
+from ipn_core.attention import deciding, timing
 from ipn_core.attention.choice import Case, write_table
 from ipn_core.attention.deciding import ROUNDS, decide, pick, tuned
 from ipn_core.attention.dispatch import choose
@@ -23,13 +22,7 @@ CPU = torch.device("cpu")
 PLAIN = Case(2, 3, 5, 4, 2, 16, 16, "float32", "none", False)
 
 
-@pytest.fixture(autouse=True)
-def _own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("IPN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv(choice.SWITCH)
-    choice.forget()
-    yield
-    choice.forget()
+pytestmark = pytest.mark.usefixtures("own_table")
 
 
 # -- of samples ------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from toys import toy_model
 
-from ipn_core.attention import AttentionBackend, AttentionInputs, choice, timing
+from ipn_core.attention import AttentionBackend, AttentionInputs, timing
 from ipn_core.attention import exact as reference
 from ipn_core.attention.choice import Case
 from ipn_core.attention.drawing import _times, cases_of, default_cases, draw, label
@@ -28,13 +27,7 @@ CPU = torch.device("cpu")
 PLAIN = Case(2, 3, 5, 4, 2, 16, 16, "float32", "none", False)
 
 
-@pytest.fixture(autouse=True)
-def _own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("IPN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv(choice.SWITCH)
-    choice.forget()
-    yield
-    choice.forget()
+pytestmark = pytest.mark.usefixtures("own_table")
 
 
 # -- what a call must give -------------------------------------------------------------------------

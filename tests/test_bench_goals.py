@@ -6,7 +6,6 @@ goal only where all of its 95 % interval does. What breaks one is measured anew,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from ipn_core.attention import choice
 from ipn_core.benchmarking import Row
 
 ROOT = Path(__file__).parents[1]
@@ -22,17 +20,12 @@ SLACK = 0.2
 TRIES = 3
 SECONDS = 0.2
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_table")]
 
 
 @pytest.fixture(autouse=True)
-def _own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setenv("IPN_CACHE", str(tmp_path))
-    monkeypatch.delenv(choice.SWITCH)
-    choice.forget()
-    yield
-    choice.forget()
 
 
 def attention(case: Any) -> Row:

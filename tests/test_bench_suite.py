@@ -15,7 +15,6 @@ import pytest
 import torch
 from catalogue import CATALOGUE
 
-from ipn_core.attention import choice
 from ipn_core.attention.choice import Case
 from ipn_core.attention.drawing import label
 from ipn_core.benchmarking import Results, Row
@@ -24,14 +23,12 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
+pytestmark = pytest.mark.usefixtures("own_table")
+
+
 @pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setenv("IPN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv(choice.SWITCH)
-    choice.forget()
-    yield
-    choice.forget()
 
 
 def asked(**options: Any) -> Any:

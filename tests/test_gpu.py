@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from toys import prompt_of, toy_model
 
-from ipn_core.attention import choice
 from ipn_core.cli import main
 from ipn_core.model import IPN
 from ipn_core.testing.tiny import tiny_backbone
@@ -97,15 +95,6 @@ def test_half_precision_answers(pair: Any, device: str) -> None:
     with torch.autocast(device, dtype=torch.bfloat16):
         answers = model.generate([prompt_of(0, 1)], max_new_tokens=4)
     assert 1 <= len(answers[0].ids) <= 4
-
-
-@pytest.fixture
-def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("IPN_CACHE", str(tmp_path))
-    monkeypatch.delenv(choice.SWITCH)
-    choice.forget()
-    yield
-    choice.forget()
 
 
 @pytest.mark.usefixtures("own_table")

@@ -32,6 +32,7 @@ from ipn_core.training.config import TrainConfig
 from ipn_core.training.data import Data
 from ipn_core.training.features import FeatureCache
 from ipn_core.training.loop import StageRun
+from ipn_core.training.metrics import METRICS, read_metrics
 from ipn_core.training.requests import backbone_digest
 from ipn_core.training.run import Training
 
@@ -182,8 +183,7 @@ class _Run:
         folder = self.folder / "train"
         Training(self.config, folder, resume=True, registry=self.registry).run()
         rates: dict[str, list[float]] = {}
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
+        for entry in read_metrics(folder / METRICS):
             if "examples_per_s" in entry:
                 rates.setdefault(entry["stage"], []).append(entry["examples_per_s"])
         return {

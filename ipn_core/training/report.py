@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ipn_core.training.config import TrainConfig
     from ipn_core.training.state import Position
 
-__all__ = ["Log", "Metrics", "Moving", "bar", "plot"]
+__all__ = ["Log", "Moving", "bar", "plot"]
 
 PLOT = "loss.png"
 

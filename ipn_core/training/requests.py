@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from ipn_core.stages import Connector
 from ipn_core.tasks import Example
 from ipn_core.training.answers import Answers, Told, looking, targets
 from ipn_core.training.data import DataSource, Examples, prompt_of
+from ipn_core.training.shards import checksum
 from ipn_core.weights import cache_dir
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ class RequestCache:
         from safetensors.torch import save
 
         make_folder(self.folder)
-        atomic_write(path, save({"hidden": hidden}, metadata={_CHECKSUM: _checksum(hidden)}))
+        atomic_write(path, save({"hidden": hidden}, metadata={_CHECKSUM: _sum_of(hidden)}))
         return hidden
 
     def _read(self, path: Path, count: int) -> Tensor | None:
@@ -219,12 +219,12 @@ class RequestCache:
 
         try:
             with safe_open(path, "pt") as file:
-                checksum = (file.metadata() or {}).get(_CHECKSUM)
+                written = (file.metadata() or {}).get(_CHECKSUM)
                 hidden: Tensor = file.get_tensor("hidden")
             if len(hidden) != count:
                 raise ValueError(f"it holds {len(hidden)} requests, not {count}")
             # The first version wrote none.
-            if checksum is not None and checksum != _checksum(hidden):
+            if written is not None and written != _sum_of(hidden):
                 raise ValueError("its checksum does not fit")
         except FileNotFoundError:
             return None
@@ -289,10 +289,9 @@ class RequestCache:
         return torch.cat(found)
 
 
-def _checksum(hidden: Tensor) -> str:
-    """Return the CRC of a tensor with its shape; its dtype is that of all files."""
-    crc = zlib.crc32(hidden.view(torch.uint8).numpy().data)
-    return f"{zlib.crc32(repr(tuple(hidden.shape)).encode(), crc):08x}"
+def _sum_of(hidden: Tensor) -> str:
+    """Return the checksum of a tensor with its shape; its dtype is that of all files."""
+    return checksum(hidden, repr(tuple(hidden.shape)))
 
 
 def _from(report: Callable[[int, int], None], start: int, total: int, done: int, _: int) -> None:

@@ -32,7 +32,7 @@ from ipn_core.files import atomic_write, claim, lock, make_folder, remove_unfini
 from ipn_core.stages import EncodedImage
 from ipn_core.training.first_cache import FirstCache
 
-__all__ = ["DEFAULT_SIZE", "Entry", "Shards", "cache_size"]
+__all__ = ["DEFAULT_SIZE", "Entry", "Shards", "cache_size", "checksum"]
 
 DEFAULT_SIZE = "50GB"
 _SUFFIX = ".safetensors"
@@ -72,8 +72,13 @@ class Entry:
     def label(self, key: str) -> str:
         """Return grid, global token and checksum as a shard's metadata holds them."""
         where = f"{self.grid[0]} {self.grid[1]} {int(self.global_token)}"
-        crc = zlib.crc32(self.values.view(torch.uint8).numpy().data, zlib.crc32(key.encode()))
-        return f"{where} {zlib.crc32(where.encode(), crc):08x}"
+        return f"{where} {checksum(self.values, where, before=key)}"
+
+
+def checksum(values: Tensor, after: str, *, before: str = "") -> str:
+    """Return the CRC-32 of a tensor (…) on the CPU, and of what is said before and after it."""
+    crc = zlib.crc32(values.view(torch.uint8).numpy().data, zlib.crc32(before.encode()))
+    return f"{zlib.crc32(after.encode(), crc):08x}"
 
 
 def cache_size() -> int:

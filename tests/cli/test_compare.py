@@ -22,6 +22,7 @@ from ipn_core.comparison.arms import Arms
 from ipn_core.comparison.config import CompareConfig
 from ipn_core.config import load_yaml
 from ipn_core.plugins import get_registry
+from ipn_core.processors import Allowed
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "compare.yaml"
@@ -59,7 +60,7 @@ def test_flags_choose_arms_seeds_executor_and_folder(
             return Path("there/report.md")
 
     monkeypatch.setattr("ipn_core.comparison.run.Comparison", Recorded)
-    monkeypatch.setattr("ipn_core.comparison.executors.allowed_cpus", lambda: _Cpus())
+    monkeypatch.setattr("ipn_core.comparison.executors.allowed_cpus", lambda: Allowed(3, "here"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.chdir(tmp_path)
     assert ipn("compare", EXAMPLE).out == "there/report.md\n"
@@ -70,10 +71,6 @@ def test_flags_choose_arms_seeds_executor_and_folder(
         (every, 3, 4, Path("runs/compare"), False, "Local", 3),
         (["rvii", "film"], 2, 8, Path("here"), True, "Local", 5),
     ]
-
-
-class _Cpus:
-    number = 3
 
 
 @pytest.mark.parametrize(
@@ -113,18 +110,16 @@ def test_the_arms_of_the_example_differ_in_nothing_but_their_way() -> None:
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """Where the tiny components and the task `colours` are an installed plugin."""
-    site = tmp_path / "site"
-    about = site / "ipn_lessons-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: ipn-lessons\nVersion: 1.0\n")
-    points = "[ipn]\ntiny = ipn_core.testing.plugin\nlessons = ipn_lessons\n"
-    (about / "entry_points.txt").write_text(points)
-    (site / "ipn_lessons.py").write_text(LESSONS)
-    paths = [site, ROOT / "tests" / "support", *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "IPN_CACHE": str(tmp_path / "cache")}
-    return {**os.environ, **own, "OMP_NUM_THREADS": "1"}
+def environment(
+    fake_plugin: Callable[[str, str], dict[str, str]], tmp_path: Path
+) -> dict[str, str]:
+    """Where the tiny components and the task `colours` are installed plugins."""
+    fake_plugin("tiny", "from ipn_core.testing.plugin import register\n")
+    made = fake_plugin("lessons", LESSONS)
+    paths = [made["PYTHONPATH"], str(ROOT / "tests" / "support")]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    own = {"PYTHONPATH": os.pathsep.join(paths), "IPN_CACHE": str(tmp_path / "cache")}
+    return {**made, **own, "OMP_NUM_THREADS": "1"}
 
 
 def check_files(folder: Path) -> None:
