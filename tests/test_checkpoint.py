@@ -17,7 +17,9 @@ from toys import picture, toy_model
 
 from ipn_core import checkpoint
 from ipn_core.errors import CheckpointError, DownloadError, IPNError, UnknownNameError
+from ipn_core.locate import locate_model
 from ipn_core.model import IPN
+from ipn_core.plugins import get_registry
 from ipn_core.testing.tiny import TinyEncoder, TinyEncoderConfig, tiny_backbone
 
 
@@ -148,6 +150,17 @@ def test_a_bit_that_has_flipped_in_a_weight_is_noticed(
     path.write_bytes(bytes(content))
     with pytest.raises(CheckpointError, match=r"its tensors are not those that were saved .sha256"):
         load(registry, saved)
+
+
+@pytest.mark.parametrize("name", ["starter", "photo"])
+def test_a_bit_that_has_flipped_in_a_packaged_weight_is_noticed(name: str, tmp_path: Path) -> None:
+    for packaged in checkpoint.strategies_of(locate_model(name, get_registry())).values():
+        content = bytearray((packaged / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (tmp_path / "model.safetensors").write_bytes(content)
+
+        with pytest.raises(CheckpointError, match="those that were saved"):
+            checkpoint.read_weights(tmp_path / "model.safetensors")
 
 
 def test_weights_that_came_without_a_digest_are_read(registry: Any, saved: Path) -> None:
