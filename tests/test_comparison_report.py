@@ -79,6 +79,7 @@ def results(folder: Path, shares: dict[str, float], others: float, dynamic: int 
                     },
                     "measured": {"train_flops": 1e12 * (number + 1)},
                     "scores": scores,
+                    "cpu_s": 60.0 * (seed + 1),
                 }
                 job.result.parent.mkdir(parents=True)
                 job.result.write_text(json.dumps(found))
@@ -169,6 +170,16 @@ def test_what_an_arm_costs_is_told_in_units(report: str) -> None:
     # 960 examples at 100 a second, and 320 at 20.
     constant = ["`rvii-constant`", "2", "100.0", "20.0", "50.0", "2.00", "200", "2.00 (0.9-1.1)"]
     assert rows[1] == constant
+
+
+def test_what_a_job_took_of_the_cpu_is_told_for_every_arm(report: str, folder: Path) -> None:
+    header, _, *rows = table(report, "Arms")
+    assert header[-2:] == ["seeds", "CPU minutes"]
+    taken = {(row[0], row[1]): row[-2:] for row in rows}
+    assert taken["`rvii`", "4"] == ["0, 1", "2.0"]  # of the seed that took most
+    assert taken["`rvii`", "1"] == ["0", "1.0"]
+    with (folder / "results.csv").open() as file:
+        assert {(r["seed"], r["cpu_minutes"]) for r in csv.DictReader(file)} >= {("0", "1.00")}
 
 
 def test_what_arms_learned_from_and_could_not_is_told(report: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -168,13 +169,16 @@ class _Run:
             scores.append(self._kept(name, partial(self._ask, model, entry, shuffled)))
         facts = {"name": self.job.name, "seed": self.job.seed, "arm": self.job.arm}
         found = {"training": training, "measured": measured, "scores": scores}
+        facts["cpu_s"] = sum(part["cpu_s"] for part in (training, measured, *scores))
         _write_json(self.job.result, {**facts, **found})
 
     def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what a file holds, after making it if it is not there."""
+        """Return what a file holds, after making it if it is not there; with its seconds of CPU."""
         path = self.folder / f"{name}.json"
         if not path.is_file():
-            _write_json(path, make())
+            started = time.process_time()
+            made = make()
+            _write_json(path, {**made, "cpu_s": time.process_time() - started})
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 

@@ -140,13 +140,16 @@ def _arms(results: Results) -> Table:
                 f"`{arm['width']}` = {arm['width_value']}",
                 f"{sum(stage['steps'] for stage in arm['stages']):,}",
                 ", ".join(map(str, group.seeds)),
+                f"{group.cpu_minutes:.1f}",
             )
         )
+    header = ("arm", "K", "can ask", "S + R + K", "trained parameters", "width", "steps", "seeds")
     return Table(
         "Arms",
         "Tokens into the LLM are static S + request R + dynamic K. The width is solved for, so "
-        "that all arms train as many parameters as the reference, which is the one compared with.",
-        ("arm", "K", "can ask", "S + R + K", "trained parameters", "width", "steps", "seeds"),
+        "that all arms train as many parameters as the reference, which is the one compared with. "
+        "CPU minutes are those of all of a job, evaluation included, of the seed that took most.",
+        (*header, "CPU minutes"),
         rows,
     )
 

@@ -121,6 +121,11 @@ class Group:
         return max(int(result["training"]["peak_memory"]) for result in self.results)
 
     @property
+    def cpu_minutes(self) -> float:
+        """The most that a seed took, evaluation included."""
+        return max(float(result["cpu_s"]) for result in self.results) / 60
+
+    @property
     def speed(self) -> float | None:
         """Examples a second over all stages, each for as long as it lasts; None if unknown."""
         stages = [StageConfig.parse(stage, self.name) for stage in self.arm["stages"]]
@@ -236,6 +241,7 @@ class Results:
                 costs = (
                     f"{result['measured']['train_flops']:.4g}",
                     "" if group.speed is None else f"{group.speed:.4g}",
+                    f"{result['cpu_s'] / 60:.2f}",
                     result["training"]["peak_memory"],
                     f"{timed['seconds']:.4g}" if "seconds" in timed else "",
                 )
@@ -264,6 +270,7 @@ _COLUMNS = (
     "high",
     "train_flops",
     "examples_per_s",
+    "cpu_minutes",
     "peak_memory",
     "first_token_s",
 )

@@ -71,7 +71,7 @@ def comparing(llm: Path, steps: int = 3) -> dict[str, Any]:
 
 def outcomes(folder: Path) -> list[dict[str, str]]:
     """The rows of `results.csv` without what a clock or the system measured."""
-    measured = ("examples_per_s", "first_token_s", "peak_memory")
+    measured = ("examples_per_s", "cpu_minutes", "first_token_s", "peak_memory")
     with (folder / "results.csv").open() as file:
         return [{k: v for k, v in row.items() if k not in measured} for row in csv.DictReader(file)]
 
