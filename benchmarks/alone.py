@@ -14,6 +14,7 @@ from ipn_core.benchmarking.engine import subjects
 from ipn_core.benchmarking.engine.report import text
 from ipn_core.benchmarking.engine.table import Found
 from ipn_core.benchmarking.engine.timing import threads
+from ipn_core.memory import keep_freed_memory
 
 __all__ = ["run_alone"]
 
@@ -49,6 +50,7 @@ def run_alone(
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")
     options = parser.parse_args(words)
     compiled = compiles and options.compile
+    keep_freed_memory()
     with threads(options.threads):
         llm, name = subjects.backbone(torch.device("cpu"))
         found = measure(llm, options.repeats, compiled)

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.results import FOLDER, Row, command, store
 from benchmarks.sections import Book
+from ipn_core.memory import keep_freed_memory
 
 KINDS = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 BOOK = pytest.StashKey[Book]()
@@ -32,7 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Open the book that rows are entered in."""
+    """Open the book that rows are entered in, and let no row pay for what another gave back."""
+    keep_freed_memory()
     config.stash[BOOK] = Book(config.getoption("--results"), config.getoption("--threads"))
 
 

@@ -82,10 +82,13 @@ def attention(
         from ipn_core.attention.deciding import tuned
         from ipn_core.attention.drawing import default_cases
         from ipn_core.attention.timing import measure
+        from ipn_core.memory import keep_freed_memory
         from ipn_core.placing import device_of
         from ipn_core.processors import limit_threads
 
-        limit_threads()  # as the commands do that the table is for
+        # As the commands do that the table is for.
+        limit_threads()
+        keep_freed_memory()
         where = device_of(device)
         if model is not None:
             cases = _used_by(model, where)

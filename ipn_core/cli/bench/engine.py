@@ -40,8 +40,10 @@ def engine(
         from ipn_core.benchmarking.engine.report import text
         from ipn_core.benchmarking.engine.table import Session, choose_rows, measure
         from ipn_core.benchmarking.engine.timing import threads as working
+        from ipn_core.memory import keep_freed_memory
         from ipn_core.placing import device_of
 
+        keep_freed_memory()
         rows = choose_rows(only or [])
         session = Session(short, repeats, device_of(device))
         found = []
