@@ -158,6 +158,15 @@ def test_an_arm_that_no_width_makes_large_enough_is_refused(
         arms(comparing(llm))
 
 
+def test_a_width_that_does_not_fit_is_told_with_what_may_be_tried(llm: Path) -> None:
+    values = comparing(llm)
+    model = {**values["arms"]["rvii"]["model"], "strategy": "lmeye", "interact": "lmeye"}
+    values["arms"]["lmeye"] = {"width": "interact.width", "model": model}
+    told = r"multiple of heads, got 2 and 4.* 'arms.lmeye.multiple', now 1, lets only multiples"
+    with pytest.raises(ConfigError, match=told):
+        arms({**values, "within": 0.9})
+
+
 def test_what_is_frozen_or_slower_concerns_the_arms_that_have_it(llm: Path) -> None:
     values = changed(comparing(llm), "stages.1.freeze", ["interact.guide"])
     made = arms(changed(values, "stages.1.rates", {"perceive": 2, "inject": 0.5}))

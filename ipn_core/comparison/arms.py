@@ -157,7 +157,13 @@ class Arms:
 
         def count(step: int) -> int:
             _write(base, arm.width, step * arm.multiple)
-            return self._count(self._build(base, name))
+            try:
+                return self._count(self._build(base, name))
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{error} It was tried with {arm.width} at {step * arm.multiple}; "
+                    f"'arms.{name}.multiple', now {arm.multiple}, lets only multiples be tried."
+                ) from error
 
         low, high = 1, 2
         while count(high) < wanted:
