@@ -182,6 +182,7 @@ NOT_RUN = {
     "python -m benchmarks.hops 0 1 2-early 2": HOURS,
     "python -m ipn_names.stamps": PHOTOGRAPHS,
     "python plugins/ipn-names/train/proportions.py": PHOTOGRAPHS,
+    "python plugins/ipn-names/train/sides.py": PHOTOGRAPHS,
     "ipn eval photo-stamps --model photo": PHOTOGRAPHS,
     "python examples/make_screenshots.py": "it writes pictures of the documents anew",
 }
