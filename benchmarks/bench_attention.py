@@ -35,8 +35,9 @@ AUTO, RATIO = "auto", "auto over the fastest"
 LIMIT = 1.05
 """How much longer `auto` may take than the fastest backend."""
 AGAIN = 2
-"""How often a ratio above the limit is measured anew, three times as long each: the fastest of
-several that are alike is found by chance, too."""
+"""How often a ratio above the limit is decided and measured anew, three times as long each: the
+fastest of several that are alike is found by chance, too, and a call may take another tenth of its
+time from where its memory lies."""
 
 
 # -- what is timed ---------------------------------------------------------------------------------
@@ -77,21 +78,21 @@ def setup_attention(case: Case, device: torch.device) -> Trial:
 def measure(trial: Trial, seconds: float) -> Cell:
     """Time all backends, keep the winner for `auto`, and time it beside those that come near."""
     case = trial.case
-    decision = decide(trial, seconds)
-    timings = {t.backend: t for t in decision.timings}
-    if decision.winner is None:
-        nothing = ("no backend takes it",)
-        lost = Row.refused(f"{label(case)} / {RATIO}", nothing, unit="ratio")
-        return Cell({**timings, AUTO: Timing(case, AUTO, nothing)}, lost)
-    choice.write_table(trial.device, {case: decision.winner})
-    chosen = choose(trial.inputs).name
     for attempt in range(1, AGAIN + 2):
         longer = seconds if attempt == 1 else 3 * seconds
+        decision = decide(trial, longer)
+        timings = {t.backend: t for t in decision.timings}
+        if decision.winner is None:
+            nothing = ("no backend takes it",)
+            lost = Row.refused(f"{label(case)} / {RATIO}", nothing, unit="ratio")
+            return Cell({**timings, AUTO: Timing(case, AUTO, nothing)}, lost)
+        choice.write_table(trial.device, {case: decision.winner})
         timed = trial.time(longer, also=[AUTO], only=decision.near, seed=ROUNDS + attempt)
         found = {t.backend: t for t in timed}
         best, ratios = over_fastest(found)
         if statistics.median(ratios) <= LIMIT:
             break
+    chosen = choose(trial.inputs).name
     timings |= found
     timings[AUTO] = replace(timings[AUTO], error=timings[chosen].error)
     row = Row.of(
