@@ -5,7 +5,7 @@
 # make chromium   the browser of the tests, where it may be installed (as root, with apt-get)
 # make test-gpu   what needs a CUDA device
 # make compare    a reduced comparison at equal budget (under 30 minutes on 2 cores)
-# make bench      the benchmarks, their results, and the documents that show them (21 minutes on 2 cores)
+# make bench      the benchmarks, their results, and the documents that show them (19 minutes on 2 cores)
 # make bench-gpu  the same on a CUDA device
 # make torture    what must never break, tried widely and counted for docs/reliability.md
 #                 (under 20 minutes on 2 cores; SCALE=0.05 tries a part and writes no document;

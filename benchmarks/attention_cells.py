@@ -92,9 +92,10 @@ NOTES = {
     "usual": (
         "Of the grid (queries 1, 5, 32, 64 × keys 50, 257, 576, 1024, 4096 × heads 64 and 128 wide "
         "× batch 1, 8, 64 × three types × plain, key mask, end to end × forward, forward and "
-        "backward: 2,160 cells) a CPU gets float32, 64 wide, plain, at batch 1 and 8 in full, and "
-        "at batch 8 each other side of it alone, so that `make bench` ends in time; `--grid full` "
-        "times all."
+        "backward: 2,160 cells) a CPU gets float32, 64 wide, plain, forward at batch 1 and 8 and "
+        "backward at batch 8 in full, and of each other side some cells alone (no backward of "
+        "float16 or 128 wide, batch 64 up to 576 keys), so that `make bench` ends in time; "
+        "`--grid full` times all."
     ),
     "full": "The whole grid, and a bias, lengths and grouped heads at one shape.",
 }

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 from release.artifacts import ROOT, Member, build, copy_of, faults_of, members
@@ -83,8 +84,9 @@ class _Check:
         )
         return wheels
 
+    @cached_property
     def tests(self) -> Path:
-        """Return a folder with the workspace's tests and none of its sources."""
+        """A folder with the workspace's tests and none of its sources."""
         sources = tuple(str(member.source) for member in members())
         return copy_of(ROOT, self.place / "tests", leave_out=sources)
 
@@ -124,7 +126,7 @@ class _Check:
 
 
 def _short(check: _Check, wheels: list[Path]) -> None:
-    folder = check.tests()
+    folder = check.tests
     environment = Environment(check.place / "short", sys.executable)
     environment.borrow(str(ROOT / ".venv" / "bin" / "python"))
     environment.install(wheels, libraries=False, torch=None)
@@ -138,7 +140,7 @@ def _short(check: _Check, wheels: list[Path]) -> None:
 
 
 def _whole(check: _Check, wheels: list[Path]) -> None:
-    folder = check.tests()
+    folder = check.tests
     torch = re.search(r"^torch==\S+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert torch is not None
     mine = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -151,7 +153,7 @@ def _whole(check: _Check, wheels: list[Path]) -> None:
 
 
 def _without_torch(check: _Check, wheels: list[Path]) -> None:
-    folder = check.tests()
+    folder = check.tests
     for version in OTHERS:
         python = interpreter(version)
         if python is None:

