@@ -278,7 +278,6 @@ def test_flops_are_counted_for_each_stage(done: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_cpu_time_of_a_job_is_that_of_its_parts(done: Path) -> None:
     for path in (done / "jobs").glob("*/result.json"):
         found = json.loads(path.read_text())
@@ -287,6 +286,7 @@ def test_the_cpu_time_of_a_job_is_that_of_its_parts(done: Path) -> None:
         assert found["cpu_s"] == pytest.approx(sum(part["cpu_s"] for part in parts))
 
 
+@pytest.mark.slow
 def test_a_folder_is_gone_on_with_only_on_request_and_with_the_same_config(
     llm: Path, done: Path
 ) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ipn_names.classes import article, labels
 from ipn_names.sayings import UNSURE
 from ipn_names.stamps import Stamp, called, stamps
 
-from ipn_core import IPN, Example, Picture, Prompt, VisualFeatures
+from ipn_core import IPN, Example, Picture, Prompt, VisionEncoder, VisualFeatures
 from ipn_core.clock import Clock
 from ipn_core.evaluation.evaluate import evaluate
 from ipn_core.evaluation.scoring import Score
@@ -40,11 +40,11 @@ QUESTION = "What is this?"
 COMPOSED = ("exist", "side", "where")
 
 
-def first_choices(model: IPN, some: Iterable[Stamp]) -> dict[str, str]:
+def first_choices(encoder: VisionEncoder, some: Iterable[Stamp]) -> dict[str, str]:
     """Return the classifier's first choice of each photograph by name."""
     found = {}
     for stamp in some:
-        (encoded,) = model.encoder.encode([load_image(stamp.path)])
+        (encoded,) = encoder.encode([load_image(stamp.path)])
         found[stamp.name] = labels()[int(encoded.global_token.argmax())].name
     return found
 
@@ -71,6 +71,19 @@ def said_back(model: IPN, batch: int = 25) -> list[bool]:
             answer.text == labels()[i].name for i, answer in zip(some, answers, strict=True)
         ]
     return verdicts
+
+
+def known(example: Example, choices: Mapping[str, str], words: Mapping[str, str]) -> bool:
+    """Whether the first choice is right of the photograph, alone, that a question is about.
+
+    Args:
+        example: about a composed picture; one about what is not there counts as known.
+        choices: the first choices by the photograph's name.
+        words: of the captions, by the same.
+    """
+    names = example.images[0].name.partition(":")[2].split("+")
+    asked = [name for name in names if words[name] == example.names[0]]
+    return all(choices[name] in called()[words[name]] for name in asked)
 
 
 def naming(model: IPN, some: Sequence[Stamp], choices: dict[str, str]) -> dict[str, Any]:
@@ -114,18 +127,12 @@ def composed(
     report = evaluate(
         model, examples, task="photo-stamps", split=split, batch_size=16, shuffled=shuffled
     )
-    word = {stamp.name: stamp.word for stamp in stamps()}
-
-    def known(example: Example) -> bool:
-        names = example.images[0].name.partition(":")[2].split("+")
-        asked = [name for name in names if word[name] == example.names[0]]
-        return all(choices[name] in called()[word[name]] for name in asked)
-
+    words = {stamp.name: stamp.word for stamp in stamps()}
     found: dict[str, Any] = {}
     for kind in COMPOSED:
         mine = [p for p in report.predictions if p.example.type == kind]
         found[f"{kind}, all"] = row([p.right for p in mine])
-        found[f"{kind}, known"] = row([p.right for p in mine if known(p.example)])
+        found[f"{kind}, known"] = row([p.right for p in mine if known(p.example, choices, words)])
     return found
 
 
@@ -160,7 +167,7 @@ def measure(source: str, tune: bool, scenes: int) -> dict[str, dict[str, Any]]:
     captioned = [stamp for stamp in stamps() if stamp.word]
     other = [stamp for stamp in stamps() if not stamp.word]
     half = [*captioned[0 if tune else 1 :: 2], *other[0 if tune else 1 :: 2]]
-    choices = first_choices(model, half)
+    choices = first_choices(model.encoder, half)
     found = {"Naming": naming(model, half, choices)}
     splits = ("tune",) if tune else ("test", "paraphrase")
     for split in splits:

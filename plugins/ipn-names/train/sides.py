@@ -15,13 +15,12 @@ from collections.abc import Callable
 import torch
 from ipn_names.classes import labels
 from ipn_names.encoder import ImageNetNames, ImageNetNamesConfig
-from ipn_names.stamps import called, stamps
+from ipn_names.stamps import stamps
 from ipn_names.windows import WINDOWS, inside, pooling
 from ipn_names.wordings import CELLS
+from score import first_choices, known
 from torch import Tensor
 
-from ipn_core import Example
-from ipn_core.images import load_image
 from ipn_core.tasks import open_task
 
 SCENES = 200
@@ -40,30 +39,6 @@ WAYS: dict[str, Way] = {
 """What is said of a place: from the logits (n, 1000) and the areas (n,) of its windows."""
 
 
-def known(encoder: ImageNetNames) -> dict[str, bool]:
-    """Return of each photograph whether the classifier is right about it alone, by name."""
-    found = {}
-    for stamp in stamps():
-        if stamp.word:
-            (encoded,) = encoder.encode([load_image(stamp.path)])
-            assert encoded.global_token is not None
-            found[stamp.name] = _first(encoded.global_token) in called()[stamp.word]
-    return found
-
-
-def _first(logits: Tensor) -> str:
-    return labels()[int(logits.argmax())].name
-
-
-def _stamp_of(example: Example, place: str) -> str:
-    """Return the name of the photograph in a place of a composed picture."""
-    grid, _, names = example.images[0].name.partition(":")
-    rows, columns = map(int, grid.split("x"))
-    row, column = divmod(CELLS.index(place), 3)
-    row, column = (min(a, n - 1) if n < 3 else a for a, n in ((row, rows), (column, columns)))
-    return names.split("+")[row * columns + column]
-
-
 def _percent(right: list[bool]) -> str:
     return f"{100 * sum(right) / len(right):.1f} %"
 
@@ -74,8 +49,10 @@ def main() -> None:
     every = open_task("photo-stamps", {"scenes": SCENES}).examples("tune")
     asked = [e for e in every if e.type == "side"]
     places = [e.answers[0] for e in every if e.type == "where"]  # of the same things
-    alone = known(ImageNetNames(ImageNetNamesConfig()))
-    clear = [alone[_stamp_of(e, place)] for e, place in zip(asked, places, strict=True)]
+    some = [stamp for stamp in stamps() if stamp.word]
+    alone = first_choices(ImageNetNames(ImageNetNamesConfig()), some)
+    words = {stamp.name: stamp.word for stamp in some}
+    clear = [known(example, alone, words) for example in asked]
     print(f"| {len(asked)} sides | " + " | ".join(WAYS) + " |")
     print("|---" * (len(WAYS) + 1) + "|")
     print("| alone | " + " | ".join([_percent(clear)] * len(WAYS)) + " |")
@@ -87,7 +64,8 @@ def main() -> None:
             shown = inside()[CELLS.index(place)]
             logits = (pooling(encoded.grid) @ encoded.values)[shown]
             for name, way in WAYS.items():
-                right[name].append(_first(way(logits, AREAS[shown])) in example.answers)
+                label = labels()[int(way(logits, AREAS[shown]).argmax())]
+                right[name].append(label.name in example.answers)
         print(f"| {pixels} pixels | " + " | ".join(map(_percent, right.values())) + " |")
 
 
