@@ -9,6 +9,7 @@ import pytest
 import torch
 from toys import picture, prompt_of, toy_model
 
+from ipn_core.attention import attend
 from ipn_core.errors import StageError
 from ipn_core.finite import FiniteLogits
 from ipn_core.model import IPN
@@ -104,6 +105,33 @@ def test_an_overflow_of_float16_says_what_to_do(registry: Registry) -> None:
     assert str(caught.value).endswith(
         "in float16, whose largest number is 65,504. Choose --dtype bfloat16 or float32."
     )
+
+
+@pytest.mark.parametrize(
+    ("backend", "return_map"),
+    [("eager", False), ("eager", True), ("sdpa", False), ("sdpa-flash", False), ("auto", False)],
+)
+def test_a_query_that_overflows_is_no_query_that_may_look_at_nothing(
+    backend: str, return_map: bool
+) -> None:
+    q, k, v = (torch.rand(2, 3, 2, 8).to(torch.float16) + 0.1 for _ in range(3))
+    expected = attend(q, k, v, backend=backend)
+    q[1, 2, 0] = float("-inf")  # All its logits are -inf.
+    found = attend(q, k, v, backend=backend, return_map=return_map)
+    out = found[0] if isinstance(found, tuple) else found
+    assert out[1, 2, 0].isnan().all()
+    there = torch.ones(2, 3, 2, dtype=torch.bool)
+    there[1, 2, 0] = False
+    torch.testing.assert_close(out[there], expected[there])
+
+
+def test_an_overflow_of_what_an_interaction_asks_with_is_named(registry: Registry) -> None:
+    model = toy_model(registry, "rvii").to(torch.float16)
+    assert model.ask(picture(1), "What?", **OPTIONS).ids
+    attention = model.get_submodule("interaction.blocks.0.cross_attention.q")
+    attention.register_forward_hook(lambda module, inputs, output: output.mul_(1e6))
+    with pytest.raises(StageError, match="the message of 'rvii' holds NaN or infinity, in float16"):
+        model.ask(picture(1), "What?", **OPTIONS)
 
 
 class Heard:

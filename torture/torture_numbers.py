@@ -18,14 +18,6 @@ from ipn_core.testing.tiny import tiny_backbone
 
 CLOSE = 1e-5
 """Of the largest logit."""
-SILENT = {
-    ("rvii", "interaction.blocks.0.self_attention.q"),
-    ("rvii", "interaction.blocks.0.cross_norm"),
-    ("rvii", "interaction.blocks.0.cross_attention.q"),
-    ("rvii", "interaction.blocks.1.self_attention.q"),
-}
-"""Where an overflow passes: all scores of an attention become minus infinity, which torch's softmax
-takes for a mask. Nowhere else may one."""
 STRATEGIES = ("tiny-look", "toy-both", "toy-static", "rvii")
 
 
@@ -83,16 +75,13 @@ def test_an_overflow_of_float16_anywhere_is_named(
             for name, module in modules[:: 13 - scaled(12)]:
                 over: list[bool] = []
                 handle = module.register_forward_hook(partial(_overflow, over))
-                found = counts.attempt(
+                counts.attempt(
                     f"{family}, {strategy}, {name}",
                     lambda m=model: m.ask(picture(1), "What is it?", max_new_tokens=2),
-                    good=lambda _, over=over, at=(strategy, name): not any(over) or at in SILENT,
+                    good=lambda _, over=over: not any(over),
                     refusal=StageError,
                 )
                 handle.remove()
-                unnoticed = any(over) and not isinstance(found, StageError)
-                counts.more["unnoticed"] = counts.more.get("unnoticed", 0.0) + unnoticed
-    assert counts.more["unnoticed"] <= len(SILENT) * len(FAMILIES)
 
 
 def _overflow(over: list[bool], module: Any, inputs: Any, output: Any) -> None:

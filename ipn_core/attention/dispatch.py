@@ -100,8 +100,9 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend: `softmax(scale · q·kᵀ + bias) · v` over the keys that each query may look at.
 
-    A query that may look at none gets zeros, in the map too, and gradients stay finite. Under
-    autocast q, k and v are cast to its dtype first, whatever the backend.
+    A query that may look at none gets zeros, in the map too, and gradients stay finite. One that
+    overflowed in float16 gets NaN. Under autocast q, k and v are cast to its dtype first, whatever
+    the backend.
 
     Args:
         q: (B, M, H, K) queries.
@@ -339,13 +340,27 @@ def _named(name: str, inputs: AttentionInputs) -> AttentionBackend:
 
 def _run(backend: AttentionBackend, inputs: AttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
     try:
-        return backend.forward(inputs)
+        found = backend.forward(inputs)
+        return _overflowing(found, inputs.q) if inputs.q.dtype == torch.float16 else found
     except IPNError:
         raise
     except Exception as error:
         # Whoever attends, such as an interaction, is not to be blamed for it.
         who = get_registry().get("attention", backend.name).label
         raise StageError(f"{who} failed: {type(error).__name__}: {error}") from error
+
+
+def _overflowing(
+    found: Tensor | tuple[Tensor, Tensor], q: Tensor
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Give NaN to each query (B, M, H, K) that holds an infinite number, so that it is noticed.
+
+    Its logits may all be -inf, which a backend takes for a query that may look at no key.
+    """
+    spoiled = (q * 0).sum(-1, keepdim=True)  # 0, or NaN
+    if isinstance(found, Tensor):
+        return found + spoiled
+    return found[0] + spoiled, found[1]
 
 
 def _nothing(inputs: AttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
