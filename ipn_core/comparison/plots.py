@@ -58,6 +58,13 @@ def _save(results: Results, path: Path, rows: int, draw: _Draw) -> None:
             one.set_title(f"{task}, {split}")
             one.set_ylim(0, 100)
             one.grid(axis="y", alpha=0.3)
+    # One for all panels, outside of them, where it hides nothing.
+    named: dict[str, Any] = {}
+    for one in axes.flat:
+        lines, names = one.get_legend_handles_labels()
+        named |= dict(zip(names, lines, strict=True))
+    if named:
+        figure.legend(named.values(), named, loc="outside lower center", ncols=len(named))
     atomic_write(path, lambda to: figure.savefig(to, format="png", dpi=110))
 
 
@@ -103,7 +110,6 @@ def _tokens(results: Results, axes: Any) -> None:
         counts = sorted({group.dynamic for group in results.groups})
         one.set_xticks(counts, [str(count) for count in counts])
         one.set_xlabel("dynamic tokens K")
-        one.legend()
 
 
 def _costs(costs: Sequence[_Cost], results: Results, axes: Any) -> None:
@@ -117,5 +123,3 @@ def _costs(costs: Sequence[_Cost], results: Results, axes: Any) -> None:
                     mean, bar = _interval(cell.accuracy)
                     colour = _colour(results, group)
                     one.errorbar(at, mean, bar, marker="o", color=colour, label=group.name)
-            if one.has_data():
-                one.legend()
