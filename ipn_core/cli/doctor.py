@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ipn_core.cli.options import Debug, Json
@@ -131,16 +132,31 @@ def _attention(device: str, probes: Sequence[Probe]) -> dict[str, dict[str, Any]
     import torch
 
     from ipn_core.attention import backend_reasons
-    from ipn_core.plugins import CORE
 
-    # Plugins that ended the process that looked at them are not loaded into this one.
-    broken = {probe.name for probe in probes if not probe.answered}
-    os.environ["IPN_PLUGINS"] = ",".join({probe.name for probe in probes} - broken - {CORE.name})
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with _sound_plugins(probes):
+        found = backend_reasons(device, dtype)
     return {
         name: {"available": not why, "reasons": why, "dtype": str(dtype).removeprefix("torch.")}
-        for name, why in backend_reasons(device, dtype).items()
+        for name, why in found.items()
     }
+
+
+@contextmanager
+def _sound_plugins(probes: Sequence[Probe]) -> Iterator[None]:
+    """Have no plugin loaded into this process that ended the one that looked at it."""
+    from ipn_core.plugins import CORE
+
+    before = os.environ.get("IPN_PLUGINS")
+    sound = {probe.name for probe in probes if probe.answered} - {CORE.name}
+    os.environ["IPN_PLUGINS"] = ",".join(sorted(sound))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["IPN_PLUGINS"]
+        else:
+            os.environ["IPN_PLUGINS"] = before
 
 
 def _chosen_by(device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import namedtuple
@@ -110,6 +111,39 @@ def test_settings_are_shown_and_a_key_is_not(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("IPN_CACHE_SIZE", "5GB")
     assert settings()["IPN_API_KEY"] == "(set)"
     assert settings()["IPN_CACHE_SIZE"] == "5GB"
+
+
+@pytest.mark.parametrize("mine", [None, "rvii"])
+def test_only_what_the_user_has_set_is_a_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mine: str | None
+) -> None:
+    pytest.importorskip("torch")
+    from ipn_core import attention
+    from ipn_core.cli import main, probe
+
+    for name in [name for name in os.environ if name.startswith("IPN_")]:
+        monkeypatch.delenv(name)
+    if mine is not None:
+        monkeypatch.setenv("IPN_PLUGINS", mine)
+    found = [probe.Probe(n, f"ipn-{n}", "1", answered=n != "ends") for n in ("zoom", "ends", "a")]
+    monkeypatch.setattr(probe, "probe_plugins", lambda deep: found)
+    loaded = []
+
+    def reasons(*words: object) -> dict[str, list[str]]:
+        loaded.append(os.environ["IPN_PLUGINS"])
+        return {"eager": []}
+
+    monkeypatch.setattr(attention, "backend_reasons", reasons)
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert ("\nsettings\n" in said) == (mine is not None)
+    assert ("    IPN_PLUGINS         rvii\n" in said) == (mine is not None)
+    assert os.environ.get("IPN_PLUGINS") == mine
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"] == (
+        {} if mine is None else {"IPN_PLUGINS": mine}
+    )
+    assert loaded == ["a,zoom"] * 2
 
 
 @pytest.mark.slow

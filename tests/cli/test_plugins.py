@@ -225,6 +225,7 @@ def test_doctor_survives_a_plugin_that_ends_its_process(
     (fault,) = [f for f in found["faults"] if f["plugin"] == "ipn-leaves 1.2"]
     assert "ended the process with exit code 0" in fault["reason"]
     assert Path(found["cache"]["folder"]).is_absolute()
+    assert found["settings"]["IPN_PLUGINS"] == "leaves"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
