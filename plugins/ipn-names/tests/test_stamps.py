@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ipn_names.stamps import ABSENT, CELL, KINDS, PhotoStamps, called, compose, stamps
+from ipn_names.stamps import (
+    ABSENT,
+    CELL,
+    FOLDERS,
+    INSIDE,
+    KINDS,
+    PhotoStamps,
+    called,
+    compose,
+    main,
+    stamps,
+)
 from PIL import Image
 
 from ipn_core import Example
@@ -130,3 +141,73 @@ def test_without_stamps_the_command_is_named_that_fetches_them(tmp_path: Path) -
         stamps(tmp_path)
     with pytest.raises(DataError, match="'scenes' must be at least 0"):
         PhotoStamps(scenes=-1)
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder in which commands are looked up; what is fetched goes beside it."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("IPN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "bin"
+
+
+def command(folder: Path, name: str, *lines: str) -> None:
+    (folder / name).write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    (folder / name).chmod(0o755)
+
+
+def test_stamps_are_fetched_once_and_their_folder_is_told(
+    commands: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command(commands, "apt-get", "echo Get:1; : > ${2}_1_all.deb")
+    folders = " ".join(f"$3/{INSIDE}/{name}" for name in FOLDERS)
+    command(commands, "dpkg-deb", f"/bin/mkdir -p {folders}")
+    assert main() == 0
+    told = capfd.readouterr()
+    assert told.out == f"{tmp_path / 'cache' / 'stamps'}\n"
+    assert "Get:1" in told.err
+    assert {p.name for p in (tmp_path / "cache" / "stamps").iterdir()} == {*FOLDERS}
+    command(commands, "apt-get", "exit 1")
+    assert main() == 0
+
+
+@pytest.mark.parametrize(
+    ("apt_get", "dpkg_deb", "reason"),
+    [
+        (None, None, "there is no apt-get here"),
+        ("exit 100", None, "'apt-get download tuxpaint-stamps-default' ended with code 100"),
+        (": > ${2}_1_all.deb", None, "there is no dpkg-deb here"),
+        (": > ${2}_1_all.deb", "exit 2", "tuxpaint-stamps-default_1_all.deb"),
+    ],
+)
+def test_what_cannot_fetch_them_is_told_with_another_way(
+    commands: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    apt_get: str | None,
+    dpkg_deb: str | None,
+    reason: str,
+) -> None:
+    for name, line in (("apt-get", apt_get), ("dpkg-deb", dpkg_deb)):
+        if line is not None:
+            command(commands, name, line)
+    assert main() == 1
+    (told,) = capfd.readouterr().err.splitlines()
+    assert told.startswith(
+        "ipn: the photographs of Debian's package tuxpaint-stamps-default cannot"
+    )
+    assert reason in told
+    assert told.endswith(f"and name the folder {INSIDE} of it in IPN_STAMPS.")
+    assert not (tmp_path / "cache" / "stamps").exists()
+
+
+def test_a_package_that_has_other_folders_is_told(
+    commands: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command(commands, "apt-get", ": > ${2}_1_all.deb")
+    command(commands, "dpkg-deb", "exit 0")
+    assert main() == 1
+    assert "cannot be put into" in (told := capfd.readouterr().err)
+    assert "No such file or directory. Name another folder" in told
+    assert not (tmp_path / "cache" / "stamps").exists()

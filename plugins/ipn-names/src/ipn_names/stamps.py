@@ -14,7 +14,9 @@ import functools
 import os
 import random
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipn_core import Example, Picture, Task
-from ipn_core.errors import DataError
-from ipn_core.files import atomic_folder
+from ipn_core.errors import DataError, DownloadError, IPNError
+from ipn_core.files import atomic_folder, make_folder
 from ipn_core.images import load_image
 from ipn_core.weights import cache_dir
 from ipn_names.classes import article, labels
@@ -270,20 +272,57 @@ def _accepted(word: str) -> tuple[str, ...]:
 
 
 def fetch() -> Path:
-    """Fetch the package with apt-get and unpack its stamps; returns their folder."""
+    """Fetch the package with apt-get and unpack its stamps; returns their folder.
+
+    Raises:
+        DownloadError: there is no apt-get or dpkg-deb, one of them failed, or the cache is full.
+    """
     target = cache_dir() / "stamps"
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with tempfile.TemporaryDirectory() as work:
-        subprocess.run(["apt-get", "download", PACKAGE], cwd=work, check=True)
+        _run("apt-get", "download", PACKAGE, folder=work)
         (archive,) = Path(work).glob(f"{PACKAGE}_*.deb")
-        subprocess.run(["dpkg-deb", "-x", archive, work], check=True)
-        with atomic_folder(target) as building:
-            for folder in FOLDERS:
-                (Path(work) / INSIDE / folder).rename(building / folder)
+        _run("dpkg-deb", "-x", str(archive), work, folder=work)
+        try:
+            with atomic_folder(target) as building:
+                for folder in FOLDERS:
+                    # Not renamed: the cache may lie on another disk than temporary files do.
+                    shutil.move(Path(work) / INSIDE / folder, building / folder)
+        except OSError as error:
+            raise DownloadError(
+                f"the photographs of {PACKAGE} cannot be put into '{target}': "
+                f"{error.strerror or error}. Name another folder for what is fetched in IPN_CACHE."
+            ) from error
     return target
 
 
+def _run(*words: str, folder: str) -> None:
+    """Run one of Debian's commands; what it prints is shown as it comes."""
+    try:
+        subprocess.run(words, cwd=folder, check=True, stdout=sys.stderr)
+    except FileNotFoundError:
+        reason = f"there is no {words[0]} here"
+    except subprocess.CalledProcessError as error:
+        reason = f"'{' '.join(words)}' ended with code {error.returncode}"
+    else:
+        return
+    raise DownloadError(
+        f"the photographs of Debian's package {PACKAGE} cannot be fetched: {reason}. Fetch and "
+        f"unpack that package yourself, and name the folder {INSIDE} of it in IPN_STAMPS."
+    )
+
+
+def main() -> int:
+    """Fetch the photographs and print where they are; returns the exit code."""
+    try:
+        print(fetch())
+    except IPNError as error:
+        print(f"ipn: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 if __name__ == "__main__":
-    print(fetch())
+    sys.exit(main())
