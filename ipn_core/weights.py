@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
@@ -64,6 +64,7 @@ class Weights(ABC):
         license: its SPDX expression.
         size_bytes: what they take on the disk.
         examples: the task whose pictures a model knows, None where that is not said.
+        knows: what these are, in a word for people, such as "drawings".
     """
 
     name: str
@@ -71,10 +72,15 @@ class Weights(ABC):
     license: str
     size_bytes: int
     examples: str | None = None
+    knows: str = ""
 
     def folder(self) -> Path:
         """Return the folder that holds them, or will; its parent is the cache by default."""
         return cache_dir() / "weights" / self.name
+
+    def pictures(self) -> Sequence[tuple[Path, str]]:
+        """Return pictures that a model knows and that need no fetching, each with a question."""
+        return ()
 
     @abstractmethod
     def present(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +13,12 @@ import typer
 
 from ipn_core.cli.completing import installed
 from ipn_core.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Interact, Model
-from ipn_core.errors import DataError
+from ipn_core.errors import DataError, PluginError
 
 if TYPE_CHECKING:
     from ipn_core.demo.pictures import Sample
+    from ipn_core.plugins import Registry
+    from ipn_core.weights import Weights
 
 __all__ = ["demo"]
 
@@ -60,14 +62,19 @@ def demo(
 
             from ipn_core.checkpoint import open_source
             from ipn_core.demo.app import create_app
+            from ipn_core.demo.pictures import copy_samples
             from ipn_core.demo.strategies import Strategies
             from ipn_core.demo.visits import Visits
 
             registry = get_registry()
-            strategies = Strategies(first, open_source(model, registry), registry)
+            beside = _beside(model, registry)
+            samples += [s for one in beside for s in copy_samples(one, folder, beside=True)]
+            source, others = open_source(model, registry), [one.name for one in beside]
+            strategies = Strategies(first, source, registry, others)
             app = create_app(
                 Visits(strategies),
                 samples=samples,
+                known=_known(model, strategies.own, beside, registry),
                 upload=max_upload * 1_000_000,
                 hosts=hosts_of(host),
             )
@@ -82,21 +89,49 @@ def demo(
 def _samples(examples: str | None, model: str, folder: Path) -> list[Sample]:
     """Write the pictures of a task, by default of the one whose pictures a known model knows."""
     from ipn_core.cli.terminal import note
-    from ipn_core.demo.pictures import draw_samples
+    from ipn_core.demo.pictures import copy_samples, draw_samples
     from ipn_core.plugins import get_registry
     from ipn_core.tasks import open_task
 
-    known = get_registry().entries("weights")
-    task = examples or (known[model].load().examples if model in known else None)
+    weights = _weights(model, get_registry())
+    task = examples or (weights.examples if weights is not None else None)
     if task is None:
         return []
     try:
         return draw_samples(open_task(task), folder)
     except DataError as error:
-        if examples is not None:
+        if examples is not None or weights is None:
             raise
-        note(f"no pictures to begin with: {error}")
-        return []
+        samples = copy_samples(weights, folder)
+        note(f"{'fewer' if samples else 'no'} pictures to begin with: {error}")
+        return samples
+
+
+def _weights(model: str, registry: Registry) -> Weights | None:
+    """Return what a known model's plugin says of it."""
+    known = registry.entries("weights")
+    return known[model].load() if model in known else None
+
+
+def _beside(model: str, registry: Registry) -> list[Weights]:
+    """Return the known models that answer beside a known one: those that nothing is fetched for."""
+    known = registry.entries("weights")
+    found: list[Weights] = []
+    for name, one in known.items() if model in known else ():
+        # A plugin that is broken is no reason to have no page; `ipn plugins` tells of it.
+        with contextlib.suppress(PluginError):
+            if name != model and one.load().knows and one.load().present():
+                found.append(one.load())
+    return found
+
+
+def _known(model: str, own: Sequence[str], beside: Sequence[Weights], registry: Registry) -> str:
+    """Say which strategy knows what: "rvii, static: drawings. photo: photographs."."""
+    weights = _weights(model, registry)
+    if weights is None or not beside:
+        return ""
+    said = [(", ".join(own), weights.knows), *((one.name, one.knows) for one in beside)]
+    return " ".join(f"{names}: {what}." for names, what in said)
 
 
 @contextlib.contextmanager

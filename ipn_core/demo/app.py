@@ -36,6 +36,7 @@ def create_app(
     visits: Visits,
     *,
     samples: Sequence[Sample] = (),
+    known: str = "",
     upload: int = 20_000_000,
     hosts: Sequence[str] = (),
 ) -> ASGIApp:
@@ -44,11 +45,12 @@ def create_app(
     Args:
         visits: answers.
         samples: pictures to begin with.
+        known: what is said of which strategy knows what.
         upload: bytes of a picture at most.
         hosts: values of the header Host that are accepted; none for all. A page elsewhere that
             reaches a local server through a name of its own is kept out by it.
     """
-    page = build_page(visits, samples)
+    page = build_page(visits, samples, known)
     inner = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         page,

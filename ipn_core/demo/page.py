@@ -13,6 +13,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr  # after the setting above
 
 from ipn_core.demo.pictures import Sample
+from ipn_core.demo.strategies import Strategies
 from ipn_core.demo.visits import LONGEST, Visits
 from ipn_core.showing.fragments import style
 
@@ -31,12 +32,13 @@ def page_style() -> str:
     return f"{style()}\n{own}"
 
 
-def build_page(visits: Visits, samples: Sequence[Sample] = ()) -> gr.Blocks:
+def build_page(visits: Visits, samples: Sequence[Sample] = (), known: str = "") -> gr.Blocks:
     """Make the page.
 
     Args:
         visits: answers.
         samples: pictures to begin with.
+        known: what is said of which strategy knows what.
     """
     names = list(visits.strategies.names)
 
@@ -89,7 +91,9 @@ def build_page(visits: Visits, samples: Sequence[Sample] = ()) -> gr.Blocks:
                 left = gr.HTML(elem_id="ipn-left", min_height=60)
                 right = gr.HTML(elem_id="ipn-right")
         with gr.Row():
-            first = gr.Radio(names, value=names[0], label="Strategy", elem_id="ipn-first")
+            first = gr.Radio(
+                names, value=names[0], label="Strategy", info=known or None, elem_id="ipn-first"
+            )
             second = gr.Radio(
                 [NOBODY, *names],
                 value=NOBODY,
@@ -103,7 +107,7 @@ def build_page(visits: Visits, samples: Sequence[Sample] = ()) -> gr.Blocks:
                 )
                 anew = gr.Button("Start over", size="sm", elem_id="ipn-anew")
         if samples:
-            _samples(samples, picture, question)
+            _samples(samples, visits.strategies, picture, question, first)
         gr.on(
             [button.click, question.submit],
             ask,
@@ -122,14 +126,23 @@ def build_page(visits: Visits, samples: Sequence[Sample] = ()) -> gr.Blocks:
     return page
 
 
-def _samples(samples: Sequence[Sample], picture: gr.Image, question: gr.Textbox) -> None:
+def _samples(
+    samples: Sequence[Sample],
+    strategies: Strategies,
+    picture: gr.Image,
+    question: gr.Textbox,
+    first: gr.Radio,
+) -> None:
+    """Offer pictures; with one goes a question, and a strategy that knows such pictures."""
     shown = gr.Examples([[one.path] for one in samples], [picture], label="Pictures to begin with",
                         elem_id="ipn-examples", api_visibility="private")  # fmt: skip
 
-    def fill(event: gr.SelectData) -> str:
-        return samples[_index(event.index)].question
+    def fill(event: gr.SelectData, chosen: str) -> tuple[str, str]:
+        sample = samples[_index(event.index)]
+        own = strategies.own[0] if chosen in strategies.others else chosen
+        return sample.question, sample.model or own
 
-    shown.dataset.select(fill, None, [question], api_visibility="private")
+    shown.dataset.select(fill, [first], [question, first], api_visibility="private")
 
 
 def _index(found: Any) -> int:

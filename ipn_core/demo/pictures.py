@@ -13,16 +13,24 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ipn_core.tasks import Picture, Task
+    from ipn_core.weights import Weights
 
-__all__ = ["Sample", "draw_samples", "read_picture"]
+__all__ = ["Sample", "copy_samples", "draw_samples", "read_picture"]
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A picture to begin with, and a question about it."""
+    """A picture to begin with, and a question about it.
+
+    Attributes:
+        path: of the picture.
+        question: about it.
+        model: which one beside the page's own is asked, None for the page's own.
+    """
 
     path: str
     question: str
+    model: str | None = None
 
 
 def read_picture(path: str | None) -> Image.Image:
@@ -72,4 +80,20 @@ def draw_samples(task: Task, folder: Path, count: int = 4) -> list[Sample]:
         path = folder / f"example-{number}.png"
         pictures[name].load().save(path)
         found.append(Sample(str(path), chosen[name]))
+    return found
+
+
+def copy_samples(weights: Weights, folder: Path, *, beside: bool = False) -> list[Sample]:
+    """Write the pictures that a known model needs not fetch as files.
+
+    Args:
+        weights: the model's.
+        folder: for the files.
+        beside: whether the page's own model is another one.
+    """
+    found = []
+    for number, (picture, question) in enumerate(weights.pictures(), start=1):
+        path = folder / f"{weights.name}-{number}.png"
+        load_image(picture).save(path)
+        found.append(Sample(str(path), question, weights.name if beside else None))
     return found

@@ -30,8 +30,8 @@ class Session:
         self.picture: Image.Image | None = None
         self.exchanges: list[tuple[str, dict[str, str]]] = []
         self._key = ""
-        self._dialogues: dict[str, Dialogue] = {}
-        self._subjects: dict[str, Subject] = {}
+        self._dialogues: dict[tuple[str, str], Dialogue] = {}
+        self._subjects: dict[tuple[str, str], Subject] = {}
 
     def show(self, picture: Image.Image) -> None:
         """Take a picture; another one than before starts everything anew."""
@@ -53,13 +53,14 @@ class Session:
             model: with the strategy that is asked.
             goes_on: whether the model is to remember its earlier questions of this kind.
         """
+        asked = (model.name, model.strategy)
         if goes_on:
-            if model.strategy not in self._dialogues:
-                self._dialogues[model.strategy] = model.dialogue([self.picture])
-            return self._dialogues[model.strategy]
-        if model.strategy not in self._subjects:
-            self._subjects[model.strategy] = model.about([self.picture])
-        return self._subjects[model.strategy]
+            if asked not in self._dialogues:
+                self._dialogues[asked] = model.dialogue([self.picture])
+            return self._dialogues[asked]
+        if asked not in self._subjects:
+            self._subjects[asked] = model.about([self.picture])
+        return self._subjects[asked]
 
 
 class Sessions:

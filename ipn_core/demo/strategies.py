@@ -1,8 +1,9 @@
-"""The strategies that a model has weights for, over one language model."""
+"""The strategies that a model has weights for, and other models, over one language model."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ipn_core.errors import unknown_name
@@ -20,27 +21,34 @@ class Strategies:
 
     Attributes:
         name: the model's.
-        names: the strategies, the one that is loaded first of all.
+        own: its strategies, the one that is loaded first of all.
+        others: further models, each with its first strategy.
+        names: all of them, in this order.
         lock: whoever lets one of them answer holds it: they share a language model.
     """
 
-    def __init__(self, first: IPN, source: Source, registry: Registry) -> None:
+    def __init__(
+        self, first: IPN, source: Source, registry: Registry, others: Sequence[str] = ()
+    ) -> None:
         """Start with one strategy.
 
         Args:
             first: the model with the strategy that comes first.
             source: where it came from.
             registry: where names are looked up.
+            others: known models that are offered beside it.
         """
         self.name = first.name
-        self.names = (first.strategy, *(n for n in source.strategies if n != first.strategy))
+        self.own = (first.strategy, *(n for n in source.strategies if n != first.strategy))
+        self.others = tuple(other for other in others if other not in self.own)
+        self.names = (*self.own, *self.others)
         self.lock = threading.Lock()
         self._source, self._registry = source, registry
         self._loaded = {first.strategy: first}
         self._loading = threading.Lock()
 
     def get(self, name: str) -> IPN:
-        """Return the model with a strategy.
+        """Return the model with a strategy, or another model.
 
         Raises:
             UnknownNameError: the model has no weights for it.
@@ -54,17 +62,19 @@ class Strategies:
             return self._loaded[name]
 
     def _load(self, name: str) -> IPN:
-        from ipn_core.checkpoint import load
+        from ipn_core.checkpoint import load, open_source
         from ipn_core.model import IPN
 
         first = next(iter(self._loaded.values()))
-        config = self._source.config(name, self._registry)
+        source = open_source(name, self._registry) if name in self.others else self._source
+        strategy = source.strategies[0] if name in self.others else name
+        config = source.config(strategy, self._registry)
         # An adapter belongs to one strategy: the next one needs a language model without it.
         alike = config.backbone == first.config.backbone and config.backbone.lora is None
         model = load(
             IPN,
-            self._source,
-            interact=name,
+            source,
+            interact=strategy,
             backbone=first.backbone if alike else None,
             encoder=first.encoder if config.encoder == first.config.encoder else None,
             registry=self._registry,

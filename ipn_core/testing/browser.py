@@ -25,7 +25,8 @@ _PATIENCE_MS = 60_000
 _DROP = """([data, name]) => {
   const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
   const transfer = new DataTransfer();
-  transfer.items.add(new File([bytes], name, {type: 'image/png'}));
+  const type = name.endsWith('.png') ? 'image/png' : 'image/jpeg';
+  transfer.items.add(new File([bytes], name, {type}));
   return transfer;
 }"""
 

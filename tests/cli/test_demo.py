@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 from command_line import Run, assert_refused
+from matplotlib.cbook import get_sample_data
 from PIL import Image
 
-from ipn_core.cli.demo import _samples
+from ipn_core.cli.demo import _beside, _known, _samples
+from ipn_core.demo.pictures import copy_samples
+from ipn_core.hooks import hookimpl
+from ipn_core.plugins import Registrar, add_plugin, discover, get_registry
 from ipn_core.testing.browser import served_demo
+
+HOPPER = get_sample_data("grace_hopper.jpg", asfileobj=False)
 
 
 @pytest.mark.parametrize(
@@ -40,16 +46,21 @@ def test_without_gradio_one_line_says_what_to_install(
     )
 
 
-def test_photographs_that_were_not_fetched_are_missed_only_by_who_asks_for_them(
+def test_without_photographs_that_were_fetched_there_is_one_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     ipn: Callable[..., Run],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("IPN_STAMPS", str(tmp_path))
-    assert _samples(None, "photo", tmp_path) == []
+    (found,) = _samples(None, "photo", tmp_path)
+    assert (found.question, found.model) == ("What is this?", None)
+    with Image.open(found.path) as photograph, Image.open(HOPPER) as brought:
+        assert photograph.size == brought.size
+        shown = photograph.convert("L").histogram()
+        assert sum(count > 0 for count in shown) == 256  # of every shade, as no drawing is
     said = capsys.readouterr().err
-    assert "no pictures to begin with: there are no stamps in" in said
+    assert "fewer pictures to begin with: there are no stamps in" in said
     assert "python -m ipn_names.stamps" in said
     assert_refused(ipn("demo", "--port", "0", "--examples", "photo-stamps"), "there are no stamps")
 
@@ -79,6 +90,60 @@ def test_pictures_to_begin_with_are_those_that_a_known_model_knows(tmp_path: Pat
     assert all(Path(one.path).is_file() for one in found)
     assert len({one.question for one in found}) == 4
     assert _samples(None, str(tmp_path), tmp_path) == []
+
+
+def test_without_a_single_photograph_the_page_begins_empty(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("IPN_STAMPS", str(tmp_path))
+    monkeypatch.setattr("matplotlib.get_data_path", lambda: str(tmp_path))
+    assert _samples(None, "photo", tmp_path) == []
+    assert "no pictures to begin with: there are no stamps in" in capsys.readouterr().err
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize(
+    ("model", "other", "said"),
+    [
+        ("starter", "photo", "rvii, static: drawings. photo: photographs."),
+        ("photo", "starter", "rvii, static: photographs. starter: drawings."),
+    ],
+)
+def test_beside_a_known_model_the_others_are_offered_and_it_is_said_what_each_knows(
+    model: str, other: str, said: str, tmp_path: Path
+) -> None:
+    registry = get_registry()
+    (beside,) = _beside(model, registry)
+    assert beside.name == other
+    assert _known(model, ("rvii", "static"), [beside], registry) == said
+    samples = copy_samples(beside, tmp_path, beside=True)
+    assert [one.model for one in samples] == (["photo"] if other == "photo" else [])
+
+
+def test_beside_a_model_of_ones_own_there_is_no_other(tmp_path: Path) -> None:
+    registry = get_registry()
+    assert _beside(str(tmp_path), registry) == []
+    assert _known(str(tmp_path), ("mine",), [], registry) == ""
+
+
+def test_a_model_whose_weights_are_not_here_is_not_offered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("IPN_CACHE", str(tmp_path))
+    monkeypatch.delenv("IPN_SMOLLM2", raising=False)
+    assert _beside("starter", get_registry()) == []
+
+
+def test_a_broken_plugin_does_not_keep_the_page_from_opening() -> None:
+    class Broken:
+        @hookimpl
+        def register(self, registry: Registrar) -> None:
+            registry.weights("broken", "no_such_module:WEIGHTS")
+
+    registry = discover()
+    add_plugin(registry, "broken", Broken())
+    assert "broken" in registry.entries("weights")
+    assert "broken" not in [one.name for one in _beside("starter", registry)]
 
 
 @pytest.mark.slow

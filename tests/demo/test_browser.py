@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.cbook import get_sample_data
 from PIL import Image
 
 from ipn_core.testing.browser import (
@@ -19,6 +20,7 @@ from ipn_core.testing.browser import (
 )
 
 SCENE = Path(__file__).parents[2] / "examples" / "scene.png"
+PHOTOGRAPH = Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
 EXISTS, ROW = "Is there a dog?", "Which row is the dog in?"
 
 FOUND = chromium()
@@ -139,6 +141,47 @@ def test_a_file_is_chosen_by_keyboard_alone(visit: Any) -> None:
     page.keyboard.type(EXISTS)
     page.keyboard.press("Enter")
     assert visitor.answered() == "yes"
+
+
+def test_the_page_offers_a_photograph_and_the_model_that_knows_it(visit: Any) -> None:
+    visitor = visit()
+    page = visitor.page
+    chosen = page.locator("#ipn-first input:checked")
+    assert chosen.input_value() == "rvii"
+    assert "rvii, static: drawings. photo: photographs." in page.locator("#ipn-first").inner_text()
+    page.locator("#ipn-examples button.gallery-item").last.click()
+    page.locator("#ipn-first").get_by_label("photo", exact=True).and_(
+        page.locator(":checked")
+    ).wait_for()
+    assert visitor.ask("What is this?") == "military uniform"
+    assert len(visitor.maps()) == 1
+    assert page.locator("#ipn-left h2").inner_text() == "photo"
+    # A drawing is the starter's again.
+    page.locator("#ipn-examples button.gallery-item").first.click()
+    page.locator("#ipn-first").get_by_label("rvii", exact=True).and_(
+        page.locator(":checked")
+    ).wait_for()
+
+
+def test_a_photograph_is_dropped_and_the_model_photo_asked(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IPN_STAMPS", str(tmp_path))  # as where none were fetched
+    with served_demo("--model", "photo") as address:
+        visitor = Visitor(browser, address)
+        offered = visitor.page.locator("#ipn-examples img")
+        offered.wait_for()
+        assert offered.count() == 1
+        assert offered.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
+        visitor.drop(PHOTOGRAPH)
+        assert visitor.ask("What is this?") == "military uniform"
+        (first,) = visitor.maps()
+        assert visitor.ask(EXISTS) == "no"
+        (second,) = visitor.maps()
+        assert first != second
+        visitor.close()
+        assert visitor.foreign == []
+        assert visitor.errors == []
 
 
 def test_two_visitors_at_once_do_not_mix(visit: Any, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from toys import picture
 
 from ipn_core import IPN
@@ -57,8 +59,6 @@ def test_the_answer_comes_in_pieces_and_is_the_models(
     shown = [left for left, _ in visits.ask("a", paths[0], "Is it?", LOOK)]
     assert 'data-state="waiting">…' in shown[0]
     said = strategies.get(LOOK).ask(paths[0], "Is it?").text
-    from html import escape
-
     assert escape(said) in shown[-1]
     assert 'data-state="done"' in shown[-1]
     assert shown[-1].count("<figure") == 1
@@ -125,8 +125,6 @@ def words_of(html: str) -> str:
 def test_a_conversation_is_the_models_dialogue(
     visits: Visits, strategies: Strategies, paths: list[str]
 ) -> None:
-    from html import escape
-
     dialogue = strategies.get(LOOK).dialogue([paths[0]])
     for question in ("Is it?", "And then?"):
         html, _ = last(visits.ask("a", paths[0], question, LOOK, goes_on=True))
@@ -303,3 +301,29 @@ def test_samples_prefer_pictures_whose_questions_are_of_another_kind(
     folder.mkdir()
     found = draw_samples(FileTask(str(tmp_path / "some.jsonl")), folder, count=2)
     assert [sample.question for sample in found] == ["name 0?", "side 3?"]
+
+
+def test_another_model_is_offered_beside_the_strategies(
+    tmp_path: Path, strategies: Strategies, paths: list[str]
+) -> None:
+    registry = get_registry()
+    folder = save_tiny_model(tmp_path)
+    for name in (LOOK, MEAN):  # that its answers can be told from the first model's
+        state = load_file(folder / name / "model.safetensors")
+        state = {key: value + 1 for key, value in state.items()}
+        save_file(state, folder / name / "model.safetensors", {"format": "pt"})
+    other = str(folder)
+    both = Strategies(strategies.get(LOOK), open_source(other, registry), registry, [other, MEAN])
+    assert (both.own, both.others) == ((LOOK, MEAN), (other,))
+    assert both.names == (LOOK, MEAN, other)
+    second = both.get(other)
+    assert second.strategy == LOOK
+    assert second is not both.get(LOOK)
+    visits = Visits(both)
+    alone = IPN.from_pretrained(other)
+    said = {one.ask(paths[0], "Is it?").text for one in (alone, both.get(LOOK))}
+    assert len(said) == 2
+    for name, model in ((LOOK, both.get(LOOK)), (other, alone), (LOOK, both.get(LOOK))):
+        html, _ = last(visits.ask("a", paths[0], "Is it?", name))
+        assert escape(model.ask(paths[0], "Is it?").text) in words_of(html)
+        assert f'data-strategy="{escape(name)}"' in html

@@ -69,7 +69,9 @@ class Packaged(Weights):
 
     license = "Apache-2.0"
 
-    def __init__(self, name: str, description: str, folder: Path, examples: str) -> None:
+    def __init__(
+        self, name: str, description: str, folder: Path, examples: str, knows: str
+    ) -> None:
         """Name them.
 
         Args:
@@ -77,10 +79,12 @@ class Packaged(Weights):
             description: one line for `ipn models list`.
             folder: the packaged checkpoint, or one folder for each strategy.
             examples: the task whose pictures it knows.
+            knows: what these are, in a word.
         """
         self.name = name
         self.description = description
         self.examples = examples
+        self.knows = knows
         self._folder = folder
 
     def folder(self) -> Path:
@@ -149,4 +153,5 @@ STARTER = Packaged(
     "the starter: trained interactions (packaged), and its language model",
     Path(__file__).parent / "checkpoints",
     "emoji-scenes",
+    "drawings",
 )
