@@ -6,9 +6,10 @@ import asyncio
 import json
 from typing import Any
 
-__all__ = ["ask", "leave", "send_slowly", "send_too_much"]
+__all__ = ["ask", "begin", "leave", "outcome", "send_slowly", "send_too_much"]
 
 PATIENCE_S = 240.0
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 def _request(body: bytes, length: int | None = None) -> bytes:
@@ -94,6 +95,27 @@ async def send_slowly(port: int, body: dict[str, Any], seconds: float) -> tuple[
     status, answer = await _read(reader)
     writer.close()
     return status, _said(answer, False) if status == 200 else ""
+
+
+async def begin(port: int, sent: int, announced: int) -> Connection:
+    """Send so much of a body, and stall; with nothing announced, in the middle of the headers."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    content = _request(b"x" * sent, announced)
+    writer.write(content if announced else content[:60])
+    await writer.drain()
+    return reader, writer
+
+
+async def outcome(connection: Connection) -> int:
+    """Wait for the status that somebody who stalled gets; 0 for a connection that is closed."""
+    reader, writer = connection
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            return (await _read(reader))[0]
+    except (ConnectionError, asyncio.IncompleteReadError):
+        return 0
+    finally:
+        writer.close()
 
 
 async def send_too_much(port: int, size: int) -> int:

@@ -18,12 +18,14 @@ from typing import Any
 
 import pytest
 
-from torture.clients import ask, leave, send_slowly, send_too_much
+from torture.clients import ask, begin, leave, outcome, send_slowly, send_too_much
 
 ROOT = Path(__file__).parents[1]
 CLIENTS = 200
 OPEN = 20
 """Requests that are open while the server is told to end; all of them may wait."""
+STALLED = ((19_000_000, 19_900_000), (100, 200), (0, 0))
+"""What is sent of a body, and announced, by those who stall while the server is told to end."""
 SECONDS = 300.0
 FLAT = 0.05
 QUESTIONS = (
@@ -131,19 +133,48 @@ async def crowd_of(crowd: Crowd, pid: int, clients: int, seconds: float) -> list
     return memory
 
 
-async def last_questions(process: Any, port: int, which: Any, count: int) -> list[tuple[int, str]]:
-    """Ask, and while they are open tell the server to end."""
+async def last_questions(
+    process: Any, port: int, which: Any, count: int
+) -> tuple[list[tuple[int, str]], list[int]]:
+    """Ask, and while questions are open and others stall tell the server to end.
+
+    Returns:
+        The status and answer of each question, and the status that each of the others got.
+    """
+    stalled = [await begin(port, *sizes) for sizes in STALLED]
     asked = [asyncio.create_task(ask(port, body(*which), gone=True)) for _ in range(count)]
     await asyncio.sleep(1)
     process.send_signal(signal.SIGTERM)
-    return list(await asyncio.gather(*asked))
+    answers = list(await asyncio.gather(*asked))
+    return answers, list(await asyncio.gather(*map(outcome, stalled)))
+
+
+def count_the_end(process: Any, port: int, which: Any, said: str, tally: Any) -> None:
+    """Tell the server to end while questions are open and others stall, and count what they get."""
+    ending = tally("requests open while the server is told to end")
+    stalling = tally("clients that stall while the server is told to end")
+    started = time.perf_counter()
+    answers, sent_away = asyncio.run(last_questions(process, port, which, OPEN))
+    seconds = time.perf_counter() - started
+    for found in answers:
+        # All were sent a second before, and nobody else asks: each was begun.
+        ending.count(seconds, False, "" if found == (200, said) else str(found), "open")
+    ending.more["answered"] = sum(status == 200 for status, _ in answers)
+    for status, sizes in zip(sent_away, STALLED, strict=True):
+        # Who has sent no whole header yet has asked nothing, and gets no answer.
+        fault = "" if status == (503 if sizes[1] else 0) else f"it got {status}"
+        stalling.count(seconds, True, fault, f"stalled after {sizes}")
+    code = process.wait(timeout=120)
+    rest = process.stderr.read()
+    assert ending.more["answered"] == OPEN, "something that was begun was not finished"
+    assert code in (0, -signal.SIGTERM), code
+    assert "Traceback" not in rest, rest
 
 
 @pytest.mark.weights
 def test_a_crowd(tally: Any, scaled: Any, request: pytest.FixtureRequest) -> None:
     counts = tally("requests of 200 clients, against the answers alone")
     full = tally("requests of theirs that found the queue full (429)", needed=False)
-    ending = tally("requests open while the server is told to end")
     seconds = max(SECONDS * request.config.getoption("--scale"), 15)
     with served() as (process, port):
         alone = {}
@@ -163,18 +194,6 @@ def test_a_crowd(tally: Any, scaled: Any, request: pytest.FixtureRequest) -> Non
         counts.more.update({"seconds": seconds, "MiB": late})
         counts.more["growth %"] = 100 * (late / early - 1)
         which = next(iter(alone))
-        started = time.perf_counter()
-        found = asyncio.run(last_questions(process, port, which, OPEN))
-        code = process.wait(timeout=120)
-        assert process.stderr is not None
-        rest = process.stderr.read()
-        for status, said in found:
-            # All were sent a second before, and nobody else asks: each was begun.
-            fault = "" if (status, said) == (200, alone[which]) else f"{status}, {said!r}"
-            ending.count(time.perf_counter() - started, False, fault, "open")
-        ending.more["answered"] = sum(status == 200 for status, _ in found)
-    assert ending.more["answered"] == OPEN, "something that was begun was not finished"
-    assert code in (0, -signal.SIGTERM), code
-    assert "Traceback" not in rest, rest
+        count_the_end(process, port, which, alone[which], tally)
     if seconds >= SECONDS:
         assert late <= early * (1 + FLAT), f"memory grew from {early:.0f} to {late:.0f} MiB"

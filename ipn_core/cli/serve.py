@@ -33,6 +33,9 @@ def serve(
     max_body: Annotated[
         int, typer.Option("--max-body", min=1, metavar="MB", help="Of a request at most.")
     ] = 20,
+    body_seconds: Annotated[
+        int, typer.Option("--body-seconds", min=1, help="In which a request must have come.")
+    ] = 60,
     device: Device = None,
     dtype: Dtype = None,
     debug: Debug = False,
@@ -51,11 +54,10 @@ def serve(
     with bound(host, port) as socket:
         with quiet():
             loaded = load_model(model, interact, untrained=False, device=device, dtype=dtype)
-            import uvicorn
-
             from ipn_core.serving.app import create_app
             from ipn_core.serving.protocol import Limits
-        limits = Limits(body=max_body * 1_000_000, tokens=max_tokens)
+            from ipn_core.serving.server import Server
+        limits = Limits(body=max_body * 1_000_000, seconds=body_seconds, tokens=max_tokens)
         app = create_app(
             loaded,
             limits=limits,
@@ -66,5 +68,4 @@ def serve(
         )
         socket.listen()
         note(f"{loaded.name} listens at {address_of(host, socket)}/v1")
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
-        uvicorn.Server(config).run(sockets=[socket])
+        Server(app).run(sockets=[socket])

@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from ipn_core.errors import UserError
 from ipn_core.serving.batching import Batcher, ClosedError, FullError
+from ipn_core.serving.intake import Body, Intake
 from ipn_core.serving.metrics import Metrics
 from ipn_core.serving.protocol import (
     Limits,
@@ -67,7 +68,7 @@ def create_app(
         key: what requests must bring as "Authorization: Bearer …", None for nothing.
     """
     service = _Service(model, name or model.name, limits or Limits(), batch, waiting, key)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/chat/completions", service.complete, methods=["POST"]),
             Route("/v1/models", service.models, methods=["GET"]),
@@ -77,6 +78,8 @@ def create_app(
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))] if hosts else [],
         lifespan=service.lifespan,
     )
+    app.state.service = service
+    return app
 
 
 class _Service:
@@ -90,12 +93,18 @@ class _Service:
         key: str | None,
     ) -> None:
         self.name, self.limits, self.key = name, limits, key
+        self.intake = Intake(limits)
         self.batcher = Batcher(model, size=batch, waiting=waiting, note=self._note_batch)
         self.metrics = Metrics(lambda: self.batcher.depth)
         self._decoding = asyncio.Semaphore(_DECODED_AT_ONCE)
 
     def _note_batch(self, size: int, seconds: float) -> None:
         self.metrics.note_batch(size, seconds)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is coming in, waits or is being answered."""
+        return self.intake.busy or self.batcher.busy
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -114,7 +123,7 @@ class _Service:
 
     async def health(self, request: Request) -> Response:
         """Say whether requests will be answered."""
-        alive = self.batcher.alive
+        alive = self.batcher.alive and not self.intake.closed
         return JSONResponse(
             {"status": "ok" if alive else "closing", "waiting": self.batcher.depth},
             200 if alive else 503,
@@ -129,8 +138,9 @@ class _Service:
     async def complete(self, request: Request) -> Response:
         """Answer a chat."""
         started = time.perf_counter()
+        body = Body(request, self.intake)
         try:
-            response = await self._complete(request, started)
+            response = await self._complete(request, body, started)
         except ClientDisconnect:
             self.metrics.cancelled.inc()
             response = Response(status_code=499)  # nobody is there to read it
@@ -146,12 +156,13 @@ class _Service:
         except ClosedError:
             response = _error(503, "the server is shutting down.", "server_error", retry=True)
         self.metrics.requests.labels(str(response.status_code)).inc()
-        return response
+        return body.answered(response)
 
-    async def _complete(self, request: Request, started: float) -> Response:
+    async def _complete(self, request: Request, body: Body, started: float) -> Response:
         if (refused := self._locked(request)) is not None:
             return refused
-        body = await self._body(request)
+        _check_type(request)
+        values = _parsed(await body.read())
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
@@ -161,7 +172,7 @@ class _Service:
         with self.batcher.place() as put:
             async with self._decoding:
                 # Decoding pictures takes long enough to keep others waiting.
-                asked = await run_in_threadpool(read_request, body, self.name, self.limits)
+                asked = await run_in_threadpool(read_request, values, self.name, self.limits)
             row = Row(asked)
             row.ready = wake
             put(row)
@@ -177,26 +188,6 @@ class _Service:
         if hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
             return None
         return _error(401, "the key of this server is missing or wrong.", "authentication_error")
-
-    async def _body(self, request: Request) -> Any:
-        # A form on a foreign web page cannot send this type without asking first.
-        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if kind != "application/json":
-            raise RequestError(
-                f"the body must be sent as application/json, got '{kind or 'no type'}'.", status=415
-            )
-        read, size = [], 0
-        async for piece in request.stream():
-            size += len(piece)
-            if size > self.limits.body:
-                raise RequestError(
-                    f"the body has more than {self.limits.body:,} bytes.", status=413
-                )
-            read.append(piece)
-        try:
-            return json.loads(b"".join(read))
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"the body is no JSON: {error}.") from None
 
     async def _whole(
         self, request: Request, row: Row, ready: asyncio.Event, started: float
@@ -274,6 +265,22 @@ async def _next(row: Row, ready: asyncio.Event) -> str | Done:
         await ready.wait()
         ready.clear()
     return row.pieces.get()
+
+
+def _check_type(request: Request) -> None:
+    # A form on a foreign web page cannot send this type without asking first.
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(
+            f"the body must be sent as application/json, got '{kind or 'no type'}'.", status=415
+        )
+
+
+def _parsed(data: bytearray) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is no JSON: {error}.") from None
 
 
 def _event(values: Any) -> str:

@@ -59,6 +59,7 @@ class Batcher:
         self._note = note
         self._queue: deque[Row] = deque()
         self._kept = 0
+        self._answering = False
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="ipn-batcher", daemon=True)
@@ -68,6 +69,12 @@ class Batcher:
     def depth(self) -> int:
         """How many requests wait, those among them that are still being read."""
         return len(self._queue) + self._kept
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or is being answered."""
+        with self._changed:
+            return self._answering or self.depth > 0
 
     @property
     def alive(self) -> bool:
@@ -124,10 +131,12 @@ class Batcher:
                     return
                 self._wait_for_more()
                 batch = self._take()
+                self._answering = bool(batch)
             if batch:
                 started = time.perf_counter()
                 self._answer(batch)
                 self._note(len(batch), time.perf_counter() - started)
+                self._answering = False
 
     def _wait_for_more(self) -> None:
         until = time.monotonic() + self.patience_s

@@ -51,12 +51,14 @@ class Limits:
 
     Attributes:
         body: bytes of its JSON.
+        seconds: in which its JSON must have come.
         pictures: of all messages together.
         pixels: width × height, of all pictures together.
         tokens: of an answer; also what an answer has at most if it does not say.
     """
 
     body: int = 20_000_000
+    seconds: float = 60.0
     pictures: int = 8
     pixels: int = MAX_PIXELS
     tokens: int = 256

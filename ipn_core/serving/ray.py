@@ -32,6 +32,7 @@ class Settings(BaseModel):
         waiting: requests that may wait in it; a further one gets 429.
         max_tokens: of an answer at most.
         max_body: megabytes of a request at most.
+        body_seconds: in which a request must have come.
         device, dtype: where it runs, and in which format; see `ipn_core.placing`.
     """
 
@@ -43,6 +44,7 @@ class Settings(BaseModel):
     waiting: int = Field(default=64, ge=1)
     max_tokens: int = Field(default=256, ge=1)
     max_body: int = Field(default=20, ge=1)
+    body_seconds: int = Field(default=60, ge=1)
     device: str | None = None
     dtype: str | None = None
 
@@ -68,7 +70,11 @@ def application(args: Mapping[str, Any]) -> Application:
         model = IPN.from_pretrained(settings.model, interact=settings.interact)
         return create_app(
             place(model, settings.device, settings.dtype),
-            limits=Limits(body=settings.max_body * 1_000_000, tokens=settings.max_tokens),
+            limits=Limits(
+                body=settings.max_body * 1_000_000,
+                seconds=settings.body_seconds,
+                tokens=settings.max_tokens,
+            ),
             batch=settings.batch,
             waiting=settings.waiting,
             key=os.environ.get("IPN_API_KEY") or None,

@@ -9,15 +9,13 @@ import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from servers import Served, post, serving, shown
+from servers import Served, gate, post, serving, shown
 from toys import toy_model
 
 from ipn_core.model import IPN
@@ -34,18 +32,6 @@ def model(registry: Registry) -> IPN:
 
 def body(**more: Any) -> dict[str, Any]:
     return {"model": "toy", "messages": shown(0, "What?"), "max_tokens": 4, **more}
-
-
-@contextmanager
-def gate(model: IPN) -> Iterator[threading.Event]:
-    """Keep the model from its next step until the event is set."""
-    opened = threading.Event()
-    handle = model.backbone.lm.register_forward_pre_hook(lambda *_: opened.wait(30) and None)
-    try:
-        yield opened
-    finally:
-        opened.set()
-        handle.remove()
 
 
 def waiting(served: Served, count: int) -> None:

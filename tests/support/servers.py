@@ -10,15 +10,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
 from toys import picture
 
 from ipn_core.model import IPN
 from ipn_core.serving.app import create_app
+from ipn_core.serving.server import Server
 from ipn_core.serving.sockets import address_of, bound
 
 
@@ -27,24 +27,50 @@ class Served:
     """A running server."""
 
     address: str
-    server: uvicorn.Server
-    app: Any
+    server: Server
+    service: Any
+    thread: threading.Thread
+
+    def ended(self) -> None:
+        """Wait until the server, which was told to, has ended."""
+        self.thread.join(timeout=30)
+        assert not self.thread.is_alive(), "the server has not shut down"
 
 
 @contextlib.contextmanager
 def serving(model: IPN, *, host: str = "127.0.0.1", **options: Any) -> Iterator[Served]:
     """Serve a model until the block ends, and then shut down in order."""
     app = create_app(model, **{"name": "toy", **options})
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+    server = Server(app)
     with bound(host, 0) as socket:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield Served(address_of(host, socket), server, app)
+        served = Served(address_of(host, socket), server, app.state.service, thread)
+        yield served
         server.should_exit = True
-        thread.join(timeout=30)
-        assert not thread.is_alive(), "the server has not shut down"
+        served.ended()
+
+
+@contextlib.contextmanager
+def gate(model: IPN) -> Iterator[threading.Event]:
+    """Keep the model from its next step until the event is set."""
+    opened = threading.Event()
+    handle = model.backbone.lm.register_forward_pre_hook(lambda *_: opened.wait(30) and None)
+    try:
+        yield opened
+    finally:
+        opened.set()
+        handle.remove()
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    until = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < until, "it never held"
+        time.sleep(0.01)
 
 
 def png(seed: int = 0) -> bytes:
