@@ -14,7 +14,8 @@
 # make audit      ask a database of vulnerabilities about every package of the tested set
 #                 (STRICT=1 fails where none answers)
 # make release-check  wheels and sdists built, looked into, installed where nothing else is, and tested
-#                 there; Python 3.12 and 3.13 without torch (PART=short: in a minute or so)
+#                 there; Python 3.12 and 3.13 without torch (PART=short: in a minute or so;
+#                 STRICT=1 fails where one of these Pythons is not installed)
 # make lock       write the hashes of the tested set anew, after a change of requirements.txt
 # make docs       the documentation site, in build/site; make docs-serve shows it while you write
 #
@@ -140,7 +141,7 @@ audit: $(TOOLS_STAMP)
 # The models must be there, for the tests that ask them from the wheels.
 release-check: $(TOOLS_STAMP)
 	@$(BIN)/ipn models pull smollm2-135m-instruct
-	$(TOOLS)/python -m release.check --part $(PART)
+	$(TOOLS)/python -m release.check --part $(PART) $(if $(STRICT),--strict)
 
 # For every platform and Python from 3.11 on. What is on no index is left out.
 COMPILE = compile() { $(TOOLS)/uv pip compile --quiet --universal --python-version 3.11 \

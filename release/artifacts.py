@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import email.message
 import email.parser
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,6 +29,19 @@ __all__ = ["Member", "build", "copy_of", "faults_of", "members"]
 ROOT = Path(__file__).parents[1]
 LICENSE = "Apache-2.0"
 PYTHONS = ("3.11", "3.12", "3.13")
+LICENCES = re.compile(r"(LICEN[CS]E|NOTICE)(\.\w+)?")
+"""What has to travel with whatever is built, by its name."""
+KEYWORDS = ("vision-language", "multimodal", "plugins")
+"""Those of every distribution; a member may have more."""
+CLASSIFIERS = (
+    "Development Status :: 3 - Alpha",
+    "Intended Audience :: Science/Research",
+    *(f"Programming Language :: Python :: {one}" for one in PYTHONS),
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+)
+"""Those of every distribution; a licence that is an expression has no classifier."""
+TYPED = "Typing :: Typed"
+"""That of a package with a file `py.typed`."""
 WEIGHTS = {"ipn-starter", "ipn-names"}
 """The distributions that carry trained weights."""
 LARGE = 1_000_000
@@ -70,6 +85,21 @@ class Member:
         """Where its package lies, relative to the workspace."""
         inner = "src" if self.folder.parts else ""
         return self.folder / inner / self.package
+
+    @property
+    def licences(self) -> dict[str, bytes]:
+        """The texts of licences and notices in its folder, by name."""
+        return {
+            path.name: path.read_bytes()
+            for path in sorted((ROOT / self.folder).iterdir())
+            if LICENCES.fullmatch(path.name)
+        }
+
+    @property
+    def classifiers(self) -> list[str]:
+        """What its metadata has to be sorted under."""
+        typed = [TYPED] if (ROOT / self.source / "py.typed").exists() else []
+        return [*CLASSIFIERS, *typed]
 
 
 def members(root: Path = ROOT) -> list[Member]:
@@ -127,11 +157,10 @@ def faults_of(member: Member, sdist: Path, wheel: Path, core: Member) -> list[st
         held = {PurePosixPath(one.filename): one.file_size for one in file.infolist()}
         info = PurePosixPath(f"{member.package}-{member.project['version']}.dist-info")
         metadata = email.parser.HeaderParser().parsestr(file.read(f"{info}/METADATA").decode())
-        licence = f"{info}/licenses/LICENSE"
-        held_licence = file.read(licence) if PurePosixPath(licence) in held else b""
-    faults = _metadata(member, metadata, core)
-    if held_licence != (ROOT / "LICENSE").read_bytes():
-        faults.append("its wheel does not hold the licence's text")
+        licences = {
+            path.name: file.read(str(path)) for path in held if path.parent == info / "licenses"
+        }
+    faults = _metadata(member, metadata, core) + _unlicensed("wheel", member, licences)
     tracked = _tracked(member)
     inside = {path for path in held if not path.is_relative_to(info)}
     base = member.source.parent
@@ -147,6 +176,16 @@ def faults_of(member: Member, sdist: Path, wheel: Path, core: Member) -> list[st
     return faults + _sdist(member, sdist)
 
 
+def _unlicensed(kind: str, member: Member, held: Mapping[str, bytes]) -> list[str]:
+    """Return which licences and notices of its folder do not travel as they stand."""
+    faults = [
+        f"its {kind} does not hold the text of {name}"
+        for name, text in member.licences.items()
+        if held.get(name) != text
+    ]
+    return faults if "LICENSE" in member.licences else [*faults, "its folder holds no LICENSE"]
+
+
 def _metadata(member: Member, metadata: email.message.Message, core: Member) -> list[str]:
     expected = {
         "Name": member.name,
@@ -160,6 +199,16 @@ def _metadata(member: Member, metadata: email.message.Message, core: Member) -> 
         for key, value in expected.items()
         if metadata[key] != value
     ]
+    lists = {
+        "Classifier": member.classifiers,
+        "License-File": list(member.licences),
+    }
+    for key, some in lists.items():
+        found = sorted(metadata.get_all(key) or ())
+        faults += [f"it has no {key} {one!r}" for one in some if one not in found]
+        faults += [f"it has the {key} {one!r}" for one in found if one not in some]
+    keywords = (metadata["Keywords"] or "").split(",")
+    faults += [f"it has no keyword {one!r}" for one in KEYWORDS if one not in keywords]
     needed = SpecifierSet(metadata["Requires-Python"] or "")
     faults += [f"it refuses Python {one}" for one in PYTHONS if not needed.contains(one)]
     faults += [f"it takes Python {one}" for one in ("3.10",) if needed.contains(one)]
@@ -176,15 +225,18 @@ def _metadata(member: Member, metadata: email.message.Message, core: Member) -> 
 def _sdist(member: Member, sdist: Path) -> list[str]:
     """Return what does not belong into a source distribution."""
     with tarfile.open(sdist) as file:
-        names = [
-            PurePosixPath(one.name).relative_to(sdist.name.removesuffix(".tar.gz"))
-            for one in file
-            if one.isfile()
-        ]
+        top = PurePosixPath(sdist.name.removesuffix(".tar.gz"))
+        names, licences = [], {}
+        for one in file:
+            if one.isfile():
+                names.append(PurePosixPath(one.name).relative_to(top))
+                if str(names[-1]) in member.licences and (held := file.extractfile(one)):
+                    licences[names[-1].name] = held.read()
         links = [one.name for one in file if one.islnk() or one.issym()]
     inner = member.source.relative_to(member.folder)
     info = PurePosixPath(*inner.parts[:-1], f"{member.package}.egg-info")
-    faults = [f"its sdist holds the link {one}" for one in links]
+    faults = _unlicensed("sdist", member, licences)
+    faults += [f"its sdist holds the link {one}" for one in links]
     for name in names:
         known = (
             str(name) in TOP

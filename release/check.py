@@ -8,6 +8,9 @@ Each builds all wheels and sdists and looks into them. Whole: an empty environme
 `requirements.lock`, and torch, and `make test` runs there against the wheels; one of Python 3.12
 and one of 3.13, where these are installed, gets the same without torch (for them an index may hold
 a CUDA build of several GB alone), and what needs no torch is tested there.
+
+The last line names the Pythons that were tried, and how, and those that were not; with `--strict`
+it is a failure that one was not.
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
-from release.artifacts import ROOT, Member, build, copy_of, faults_of, members
+from release.artifacts import PYTHONS, ROOT, Member, build, copy_of, faults_of, members
 from release.installing import Environment, interpreter
 
 __all__ = ["main"]
 
-OTHERS = ("3.12", "3.13")
+OTHERS = PYTHONS[1:]
+MINE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 SHORT = (
     "tests/test_plugins.py",
     "tests/test_checkpoint.py",
@@ -56,6 +60,7 @@ class _Check:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.failures: list[str] = []
+        self.tried: dict[str, str] = {}
         self.began = time.monotonic()
 
     def tell(self, text: str) -> None:
@@ -64,6 +69,20 @@ class _Check:
     def fail(self, text: str) -> None:
         self.failures.append(text)
         self.tell(f"FAILED: {text}")
+
+    def closing(self, *, strict: bool) -> tuple[int, str]:
+        """Return the exit code and the last line.
+
+        Args:
+            strict: whether a Python that was not tried is a failure.
+        """
+        missing = [one for one in PYTHONS if one not in self.tried]
+        how = [f"{version} ({what})" for version, what in sorted(self.tried.items())]
+        said = f"tried on Python {', '.join(how) or 'none'}"
+        said += f"; not tried on {', '.join(missing)}" if missing else ""
+        count = len(self.failures) + (len(missing) if strict else 0)
+        result = f"{count} failures" if count else "nothing wrong"
+        return int(count > 0), f"release-check: {result}; {said}"
 
     def artifacts(self) -> list[Path]:
         """Build everything and look into it; returns the wheels."""
@@ -134,6 +153,7 @@ def _short(check: _Check, wheels: list[Path]) -> None:
     check.commands(environment, folder, members())
     chosen = "not slow and not gpu and not weights"
     check.test(environment, folder, "-m", chosen, *SHORT)
+    check.tried[MINE] = "some tests, libraries of .venv"
     check.tell(
         "short: libraries of .venv, seven of the test files; 'make release-check' is the whole"
     )
@@ -143,13 +163,13 @@ def _whole(check: _Check, wheels: list[Path]) -> None:
     folder = check.tests
     torch = re.search(r"^torch==\S+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert torch is not None
-    mine = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    environment = Environment(check.place / f"python{mine}", sys.executable)
+    environment = Environment(check.place / f"python{MINE}", sys.executable)
     environment.install(wheels, libraries=True, torch=torch[0])
-    check.tell(f"Python {mine}: wheels and libraries installed into an empty environment")
+    check.tell(f"Python {MINE}: wheels and libraries installed into an empty environment")
     check.wheels_alone(environment, folder)
     check.commands(environment, folder, members())
     check.test(environment, folder, "-n", "2", "-m", "not slow and not gpu", *WITHOUT)
+    check.tried[MINE] = "all that make test runs"
 
 
 def _without_torch(check: _Check, wheels: list[Path]) -> None:
@@ -168,6 +188,7 @@ def _without_torch(check: _Check, wheels: list[Path]) -> None:
         words = ("--noconftest", "-p", "release.torchless", "--ignore", "tests/test_memory.py")
         chosen = ("-m", "not slow and not gpu and not weights")
         check.test(environment, folder, *words, *chosen, *WITHOUT)
+        check.tried[version] = "what needs no torch"
 
 
 PARTS = {"short": (_short,), "torchless": (_without_torch,), "whole": (_whole, _without_torch)}
@@ -177,19 +198,19 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run from the command line; returns 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", choices=PARTS, default="whole")
-    part = parser.parse_args(words).part
+    parser.add_argument("--strict", action="store_true")
+    asked = parser.parse_args(words)
+    part = asked.part
     with tempfile.TemporaryDirectory(prefix="ipn-release-") as place:
         check = _Check(Path(place))
         wheels = check.artifacts()
         for test in PARTS[part]:
             test(check, wheels)
-        if check.failures:
-            print(f"release-check: {len(check.failures)} failures", file=sys.stderr)
-            return 1
-        if part == "whole":
+        code, said = check.closing(strict=asked.strict)
+        if part == "whole" and not code:
             shutil.copytree(check.place / "dist", ROOT / "dist", dirs_exist_ok=True)
-        print("release-check: nothing wrong")
-    return 0
+        print(said, file=sys.stderr if code else sys.stdout)
+    return code
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -205,6 +207,23 @@ def test_every_distribution_is_in_step_with_the_core(release: Any) -> None:
         assert (ROOT / one.folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
+def test_the_metadata_of_every_distribution_are_in_step(release: Any) -> None:
+    for one in release.artifacts.members():
+        project, mine = one.project, one.name
+        assert project["classifiers"] == one.classifiers, mine
+        shared, own = project["keywords"][:3], project["keywords"][3:]
+        assert tuple(shared) == release.artifacts.KEYWORDS, mine
+        assert own, mine
+        assert (ROOT / one.source / "py.typed").exists() == (mine == "ipn-core")
+        assert project["license"] == release.artifacts.LICENSE, mine
+        assert project["requires-python"] == ">=3.11", mine
+        # Nothing is said of people or places that this repository does not know of.
+        assert not project.keys() & {"authors", "maintainers", "urls"}, mine
+    assert [c for c in one.classifiers if "Python" in c] == [
+        f"Programming Language :: Python :: {version}" for version in release.artifacts.PYTHONS
+    ]
+
+
 def repack(wheel: Path, change: dict[str, bytes | None]) -> None:
     """Add, replace or take out files of a wheel."""
     with zipfile.ZipFile(wheel) as file:
@@ -215,20 +234,45 @@ def repack(wheel: Path, change: dict[str, bytes | None]) -> None:
                 file.writestr(name, content)
 
 
+def thin(sdist: Path, lost: str) -> None:
+    """Take a file out of an sdist."""
+    with tarfile.open(sdist) as file:
+        held = [(one, file.extractfile(one)) for one in file.getmembers()]
+        held = [(one, content and io.BytesIO(content.read())) for one, content in held]
+    with tarfile.open(sdist, "w:gz", compresslevel=1) as file:
+        for one, content in held:
+            if PurePosixPath(one.name).name != lost:
+                file.addfile(one, content)
+
+
 INFO = "ipn_film-0.1.0.dist-info"
 
 
 @pytest.fixture
-def film(release: Any, tmp_path: Path) -> Any:
+def built(release: Any, tmp_path: Path) -> Any:
+    """Build a member; returns it with its sdist and its wheel."""
+
+    def make(name: str) -> tuple[Any, Path, Path]:
+        (mine,) = (m for m in release.artifacts.members() if m.name == name)
+        folder = release.artifacts.copy_of(ROOT / mine.folder, tmp_path / mine.folder)
+        for shared in ("LICENSE", "NOTICE"):
+            shutil.copy(ROOT / shared, tmp_path)  # which its own are links to
+        for kind in ("sdist", "wheel"):
+            code = f"from setuptools import build_meta; build_meta.build_{kind}({str(tmp_path)!r})"
+            subprocess.run(
+                [sys.executable, "-c", code], cwd=folder, check=True, capture_output=True
+            )
+        stem = f"{mine.package}-0.1.0"
+        return mine, tmp_path / f"{stem}.tar.gz", tmp_path / f"{stem}-py3-none-any.whl"
+
+    return make
+
+
+@pytest.fixture
+def film(release: Any, built: Any) -> Any:
     """Say what is wrong with the wheel of ipn-film after a change."""
     core = release.artifacts.members()[0]
-    (mine,) = (m for m in release.artifacts.members() if m.name == "ipn-film")
-    folder = release.artifacts.copy_of(ROOT / mine.folder, tmp_path / mine.folder)
-    shutil.copy(ROOT / "LICENSE", tmp_path)  # which its own is a link to
-    for kind in ("sdist", "wheel"):
-        code = f"from setuptools import build_meta; build_meta.build_{kind}({str(tmp_path)!r})"
-        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
-    sdist, wheel = tmp_path / "ipn_film-0.1.0.tar.gz", tmp_path / "ipn_film-0.1.0-py3-none-any.whl"
+    mine, sdist, wheel = built("ipn-film")
 
     def faults(change: dict[str, bytes | None]) -> list[str]:
         repack(wheel, change)
@@ -236,6 +280,27 @@ def film(release: Any, tmp_path: Path) -> Any:
         return found
 
     return faults
+
+
+def test_notices_have_to_travel_with_what_they_are_about(release: Any, built: Any) -> None:
+    core, *rest = release.artifacts.members()
+    noticed = {one.name: one.licences for one in (core, *rest) if "NOTICE" in one.licences}
+    assert noticed.keys() == {"ipn-core", *release.artifacts.WEIGHTS}
+    for held in noticed.values():
+        assert held == {name: (ROOT / name).read_bytes() for name in ("LICENSE", "NOTICE")}
+    assert b"OpenMoji" in noticed["ipn-starter"]["NOTICE"]
+    assert b"WordNet" in noticed["ipn-names"]["NOTICE"]
+    mine, sdist, wheel = built("ipn-names")
+    assert release.artifacts.faults_of(mine, sdist, wheel, core) == []
+    notice = "ipn_names-0.1.0.dist-info/licenses/NOTICE"
+    for change in (None, b"another's"):
+        repack(wheel, {notice: change})
+        (said,) = release.artifacts.faults_of(mine, sdist, wheel, core)
+        assert said == "its wheel does not hold the text of NOTICE"
+    thin(sdist, "NOTICE")
+    assert "its sdist does not hold the text of NOTICE" in release.artifacts.faults_of(
+        mine, sdist, wheel, core
+    )
 
 
 def test_what_is_built_of_a_member_is_right_and_what_is_wrong_is_found(film: Any) -> None:
@@ -247,9 +312,11 @@ def test_what_is_built_of_a_member_is_right_and_what_is_wrong_is_found(film: Any
     large = film({"ipn_film/cache.bin": bytes(2_000_000)})
     assert "its wheel's ipn_film/cache.bin is no kind of file of ours" in large
     assert "ipn_film/cache.bin has 2,000,000 bytes" in large
-    assert "its wheel does not hold the licence's text" in film({f"{INFO}/licenses/LICENSE": b""})
+    said = film({f"{INFO}/licenses/LICENSE": b""})
+    assert "its wheel does not hold the text of LICENSE" in said
     metadata = (
         b"Metadata-Version: 2.4\nName: ipn-film\nVersion: 0.2.0\nRequires-Dist: ipn-core<0.1\n"
+        b"Classifier: License :: OSI Approved\nKeywords: film\n"
     )
     said = film({f"{INFO}/METADATA": metadata})
     for part in (
@@ -257,9 +324,57 @@ def test_what_is_built_of_a_member_is_right_and_what_is_wrong_is_found(film: Any
         "its License-Expression is None, expected 'Apache-2.0'",
         "it asks for ipn-core<0.1, and this is 0.1.0",
         "it takes Python 3.10",
+        "it has the Classifier 'License :: OSI Approved'",
+        "it has no Classifier 'Programming Language :: Python :: 3.12'",
+        "it has no License-File 'LICENSE'",
+        "it has no keyword 'multimodal'",
         "its description is empty",
     ):
         assert part in said
+
+
+# -- which Pythons were tried ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def check(release: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command, with nothing to build and no Python but this one."""
+    from release import check
+
+    monkeypatch.setattr(check._Check, "artifacts", lambda self: [])
+    monkeypatch.setattr(check._Check, "tests", None)
+    monkeypatch.setattr(check, "interpreter", lambda version: None)
+    return check
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 0), (["--strict"], 1)])
+def test_a_python_that_was_not_tried_is_told_and_fails_if_strict(
+    check: Any, capsys: pytest.CaptureFixture[str], words: list[str], code: int
+) -> None:
+    assert check.main(["--part", "torchless", *words]) == code
+    said = capsys.readouterr()
+    assert "Python 3.13: not installed here, so not tried" in said.out
+    result = "3 failures" if code else "nothing wrong"
+    last = f"release-check: {result}; tried on Python none; not tried on 3.11, 3.12, 3.13\n"
+    assert (said.err if code else said.out).endswith(last)
+
+
+def test_the_last_line_says_how_each_python_was_tried(check: Any, tmp_path: Path) -> None:
+    one = check._Check(tmp_path)
+    one.tried = {"3.12": "what needs no torch", "3.11": "all"}
+    said = "tried on Python 3.11 (all), 3.12 (what needs no torch)"
+    assert one.closing(strict=False) == (
+        0,
+        f"release-check: nothing wrong; {said}; not tried on 3.13",
+    )
+    assert one.closing(strict=True)[0] == 1
+    one.tried["3.13"] = "what needs no torch"
+    assert one.closing(strict=True)[0] == 0
+    one.fail("a fault")
+    assert one.closing(strict=False) == (
+        1,
+        f"release-check: 1 failures; {said}, 3.13 (what needs no torch)",
+    )
 
 
 # -- without torch ---------------------------------------------------------------------------------
