@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from ipn_core.config import PromptConfig
 from ipn_core.errors import PromptError
 from ipn_core.prompt import Ids, LookAgain, Prompt, Shown, Text, Turn
+from ipn_core.templates import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from ipn_core.config import Layout
 
 __all__ = ["DynamicSlot", "ImageSlot", "Plan", "Planner", "RequestSlot", "Tokens", "look_slots"]
+
+_KEPT = 256
+"""Rendered shapes of dialogues; one that grows has three for each turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +190,7 @@ class Planner:
             )
             for id_, text in zip(ids[1:], self._escapes, strict=True)
         }
+        self._kept: dict[tuple[Any, ...], str] = {}
         self._trims = self._template_trims()
 
     def plan(self, prompt: Prompt) -> Plan:
@@ -263,7 +268,6 @@ class Planner:
         return gap if gap.isspace() else ""
 
     def _apply(self, turns: Sequence[Turn], marks: Sequence[str], continues: bool) -> str:
-
         messages: list[dict[str, Any]] = [
             {
                 "role": t.role,
@@ -273,20 +277,24 @@ class Planner:
             for t, m in zip(turns, marks, strict=True)
         ]
         try:
-            return str(
-                self._original.apply_chat_template(
-                    messages,
-                    chat_template=self.template,
-                    tokenize=False,
-                    add_generation_prompt=continues,
-                )
-            )
+            return self._rendered(messages, continues)
         except Exception as error:  # a checkpoint's template may do whatever its sandbox lets it
-            said = str(error).rstrip(".")
+            said = str(error).rstrip(".") or type(error).__name__
             raise PromptError(
                 f"the chat template refuses these turns: {said}. Set 'prompt.template' to one that "
                 "takes them."
             ) from None
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], continues: bool) -> str:
+        """Render messages whose contents are marks, once for all prompts of the same shape."""
+        if "strftime_now" in self.template:
+            return render(self._original, self.template, messages, continues)
+        shape = (continues, *(tuple(message.values()) for message in messages))
+        if shape not in self._kept:
+            if len(self._kept) == _KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[shape] = render(self._original, self.template, messages, continues)
+        return self._kept[shape]
 
     def _content(self, turn: Turn, state: _Pictures, slots: list[tuple[Piece, ...]]) -> str:
         if turn.learn or any(isinstance(c, (Ids, LookAgain)) for c in turn.content):

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from toys import toy_model
 
+from ipn_core import templates
 from ipn_core.errors import CheckpointError, UserError
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry
@@ -151,6 +152,17 @@ def _hostile(folder: Path) -> dict[str, Any]:
         "a template that loops": lambda: edit(
             prompt={"template": "{% for a in range(10**9) %}x{% endfor %}"}
         ),
+        "a template of loops in loops": lambda: edit(
+            prompt={
+                "template": "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3,
+            }
+        ),
+        "a template of a power that takes years": lambda: edit(
+            prompt={"template": "{{ 10 ** (10 ** 12) }}"}
+        ),
+        "a template that writes 3 GB": lambda: edit(
+            prompt={"template": "{{ 'x' * 3000000000 }}{{ messages[0]['content'] }}"}
+        ),
         "an index out of the folder": lambda: (folder / "models.json").write_text(
             json.dumps({"default": "../outside", "strategies": ["../outside"]})
         ),
@@ -164,6 +176,9 @@ def test_hostile_checkpoints(
 ) -> None:
     counts = tally("hostile checkpoints: headers, pickles, links, code", limit_s=20)
     monkeypatch.chdir(tmp_path)
+    # The bound is the same, and the wait for it shorter.
+    templates._PROCESS.end()
+    monkeypatch.setattr(templates, "LIMIT_S", 1.0)
     folder = tmp_path / "inner" / "model"
     reset_peak()
     before = peak_mib()
@@ -180,6 +195,7 @@ def test_hostile_checkpoints(
         )
     counts.more["MiB"] = peak_mib() - before
     assert counts.more["MiB"] < 1024
+    templates._PROCESS.end()
 
 
 def test_wrong_shapes(tally: Any, scaled: Any, saved: Path, load: Any, tmp_path: Path) -> None:

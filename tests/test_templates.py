@@ -1,0 +1,236 @@
+"""Any chat template is rendered in bounded time and memory, as transformers renders it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipn_core import templates
+from ipn_core.config import Layout, PromptConfig
+from ipn_core.errors import PromptError
+from ipn_core.plan import Planner
+from ipn_core.prompt import Prompt
+from ipn_core.templates import is_plain, render
+from ipn_core.testing.tiny import CHATML, tiny_backbone
+
+ROOT = Path(__file__).parents[1]
+TURNS = [
+    {"role": "user", "content": "one", "image_first": True},
+    {"role": "assistant", "content": "two", "image_first": False},
+    {"role": "user", "content": "three", "image_first": False},
+]
+TYPICAL = (
+    "{%- set ns = namespace(n=0) -%}{%- macro say(text) -%}<{{ text | trim }}>{%- endmacro -%}"
+    "{{ bos_token }}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
+    "{% endif %}{% generation %}{{ m.role | upper }} {{ say(m.content) }}{% endgeneration %}"
+    "{% for i in range(2) %}{% if i == 1 %}{% break %}{% endif %}-{% endfor %}"
+    "{% endfor %}{{ ns.n }}{{ messages | length | tojson }}{{ 'x' * 3 }}"
+)
+"""As those of published models: none of them is plain, all of them work."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited() -> Iterator[None]:
+    """A process that may take half a second and 400 MiB."""
+    with pytest.MonkeyPatch.context() as patch:
+        templates._PROCESS.end()
+        patch.setattr(templates, "LIMIT_S", 0.5)
+        patch.setattr(templates, "LIMIT_BYTES", 400 << 20)
+        yield
+        templates._PROCESS.end()
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return tiny_backbone().tokenizer
+
+
+@pytest.mark.parametrize("continues", [False, True])
+@pytest.mark.parametrize("template", [TYPICAL, CHATML])
+def test_a_text_is_what_transformers_gives(tokenizer: Any, template: str, continues: bool) -> None:
+    assert is_plain(template) == (template == CHATML)
+    expected = tokenizer.apply_chat_template(
+        TURNS, chat_template=template, tokenize=False, add_generation_prompt=continues
+    )
+    assert render(tokenizer, template, TURNS, continues) == expected
+
+
+MEMORY = "rendering takes more memory than a template may have"
+TOO_MUCH = {
+    "{{ 'x' * 3000000000 }}": MEMORY,
+    "{% set n = namespace(x='xxxxxxxx') %}{% for a in range(40) %}{% set n.x = n.x ~ n.x %}"
+    "{% endfor %}": MEMORY,
+    "{{ 'x'.center(2000000) }}": "it writes 2,000,003 characters; 1,000,000 are allowed",
+    "{{ 10 ** (10 ** 9) }}": "rendering takes longer than 0.5 s",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": (
+        "rendering takes longer than 0.5 s"
+    ),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system's bounds are those of Linux")
+@pytest.mark.parametrize("template", TOO_MUCH)
+def test_a_template_that_takes_too_much_is_refused_with_the_reason(
+    tokenizer: Any, template: str
+) -> None:
+    assert not is_plain(template)
+    with pytest.raises(PromptError) as caught:
+        Planner(tokenizer, template + "{{ messages[0]['content'] }}", Layout(), PromptConfig())
+    assert str(caught.value) == (
+        f"the chat template refuses these turns: {TOO_MUCH[template]}. Set 'prompt.template' to "
+        "one that takes them."
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_a_process_that_is_ended_is_told_and_replaced(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert render(tokenizer, "{{ 'a' | upper }}", TURNS, False) == "A"
+    child = templates._PROCESS._child
+    assert child is not None
+    assert child.stdout is not None
+    monkeypatch.setattr(child.stdout, "readline", lambda: [child.kill(), ""][1], raising=False)
+    with pytest.raises(PromptError, match="process that rendered it ended with exit code -9"):
+        render(tokenizer, "{{ 'b' | upper }}", TURNS, False)
+    assert render(tokenizer, "{{ 'c' | upper }}", TURNS, False) == "C"
+
+
+def test_an_error_without_a_text_has_a_reason(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*words: Any) -> str:
+        raise MemoryError
+
+    from ipn_core import plan
+
+    planner = Planner(tokenizer, CHATML, Layout(), PromptConfig())
+    monkeypatch.setattr(plan, "render", fail)
+    with pytest.raises(PromptError, match=r"refuses these turns: MemoryError. Set 'prompt.templ"):
+        planner.plan(Prompt.user("a"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% for n in messages %}x{% endfor %}{% endfor %}",
+        "{% for c in 'a long text' %}a long text{% endfor %}",
+        "{% for m in messages recursive %}x{% endfor %}",
+        "{% for m in messages + messages %}x{% endfor %}",
+        "{% set a = 'a' %}",
+        "{% set a %}a{% endset %}",
+        "{{ 'a' ~ 'a' }}",
+        "{{ 2 * 2 }}",
+        "{{ '%9d' % 2 }}",
+        "{{ 'a' | trim }}",
+        "{{ lipsum() }}",
+        "{{ [1, 2] }}",
+        "{% macro f() %}{% endmacro %}",
+        "{% generation %}{% endgeneration %}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "x" * 20_001,
+        "{{",
+    ],
+)
+def test_what_may_grow_is_not_plain(template: str) -> None:
+    assert not is_plain(template)
+
+
+def test_the_templates_of_what_we_ship_are_plain() -> None:
+    from ipn_core.plugins import get_registry
+
+    registry = get_registry()
+    found = [one.load().TEMPLATE for one in registry.entries("backbone").values()]
+    for path in sorted(ROOT.glob("plugins/*/src/*/checkpoints/*/config.json")):
+        found.append(json.loads(path.read_text()).get("prompt", {}).get("template"))
+    found = [template for template in found if template]
+    assert len(found) >= 4
+    assert all(map(is_plain, found))
+
+
+def test_dialogues_of_one_shape_are_rendered_once(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ipn_core import plan
+
+    asked: list[Any] = []
+
+    def counted(*words: Any) -> str:
+        asked.append(words)
+        return render(*words)
+
+    monkeypatch.setattr(plan, "render", counted)
+    monkeypatch.setattr(plan, "_KEPT", 4)
+    planner = Planner(tokenizer, CHATML, Layout(), PromptConfig())
+    begun = len(asked)
+    first, second = (planner.plan(Prompt.user(text)) for text in ("one", "two"))
+    assert first.text_ids != second.text_ids
+    assert len(asked) == begun + 1
+    for count in range(1, 6):
+        planner.plan(Prompt((*Prompt.user("a").turns * count,)))
+    assert len(planner._kept) == 4
+    # What says the date is not kept.
+    dated = Planner(tokenizer, CHATML + "{{ strftime_now('') }}", Layout(), PromptConfig())
+    begun = len(asked)
+    for _ in range(2):
+        dated.plan(Prompt.user("one"))
+    assert len(asked) == begun + 2
+
+
+def test_an_interrupted_question_leaves_no_answer_for_the_next(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert render(tokenizer, "{{ 'a' | upper }}", TURNS, False) == "A"
+    child = templates._PROCESS._child
+    assert child is not None
+    assert child.stdout is not None
+
+    def interrupt() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(child.stdout, "readline", interrupt, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        render(tokenizer, "{{ 'b' | upper }}", TURNS, False)
+    assert child.poll() is not None
+    assert render(tokenizer, "{{ 'c' | upper }}", TURNS, False) == "C"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process is forked here")
+def test_the_process_ends_with_its_own_and_a_fork_has_one_of_its_own() -> None:
+    code = """
+import os
+from types import SimpleNamespace
+from ipn_core import templates
+tokenizer = SimpleNamespace(special_tokens_map={})
+def say(text):
+    turns = [{"content": text}]
+    said = templates.render(tokenizer, "{{ messages[0].content | upper }}", turns, False)
+    print(said, templates._PROCESS._child.pid, flush=True)
+say("a")
+if not os.fork():
+    say("b")
+    templates._PROCESS.end()
+    os._exit(0)
+os.wait()
+say("c")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    (a, first), (b, forked), (c, again) = (line.split() for line in done.stdout.splitlines())
+    assert (a, b, c) == ("A", "B", "C")
+    assert first == again != forked
+    for pid in (first, forked):
+        until = time.monotonic() + 10
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not Path(f"/proc/{pid}").exists()
