@@ -26,6 +26,9 @@ OPEN = 20
 """Requests that are open while the server is told to end; all of them may wait."""
 STALLED = ((19_000_000, 19_900_000), (100, 200), (0, 0))
 """What is sent of a body, and announced, by those who stall while the server is told to end."""
+AT_ONCE = 20
+"""Bodies that stall at once; there is room for five of them."""
+AT_ONCE_MIB = 160
 SECONDS = 300.0
 FLAT = 0.05
 QUESTIONS = (
@@ -133,6 +136,35 @@ async def crowd_of(crowd: Crowd, pid: int, clients: int, seconds: float) -> list
     return memory
 
 
+async def stall_at_once(pid: int, port: int) -> tuple[list[int], float]:
+    """Stall in the middle of many large bodies; returns what most were told, and the MiB taken."""
+    before = resident(pid)
+    held = await asyncio.gather(*(begin(port, *STALLED[0]) for _ in range(AT_ONCE)))
+    told = {asyncio.create_task(outcome(one)) for one in held}
+    until, sent_away = time.monotonic() + 45, set[Any]()
+    while len(sent_away) < AT_ONCE - 5 and time.monotonic() < until:
+        sent_away = {one for one in told if one.done()}
+        await asyncio.sleep(0.1)
+    taken = resident(pid) - before
+    for one in told - sent_away:
+        one.cancel()
+    await asyncio.wait(told)
+    return [one.result() for one in sent_away], taken
+
+
+def count_the_stalled(pid: int, port: int, tally: Any) -> None:
+    """Count who stalls at once and finds no room, and hold the memory of the others bounded."""
+    stalled = tally(f"{AT_ONCE} large bodies that stall at once: those without room")
+    started = time.perf_counter()
+    found, stalled.more["MiB"] = asyncio.run(stall_at_once(pid, port))
+    stalled.more["read why"] = found.count(429)
+    for status in found:
+        fault = "" if status in (0, 429) else f"it got {status}"
+        stalled.count(time.perf_counter() - started, True, fault, "stalled")
+    assert len(found) == AT_ONCE - 5, f"{len(found)} of {AT_ONCE} were sent away"
+    assert stalled.more["MiB"] < AT_ONCE_MIB
+
+
 async def last_questions(
     process: Any, port: int, which: Any, count: int
 ) -> tuple[list[tuple[int, str]], list[int]]:
@@ -193,6 +225,9 @@ def test_a_crowd(tally: Any, scaled: Any, request: pytest.FixtureRequest) -> Non
         counts.more.update(crowd.kinds)
         counts.more.update({"seconds": seconds, "MiB": late})
         counts.more["growth %"] = 100 * (late / early - 1)
+        read, cut = crowd.kinds["too much"], crowd.kinds["cut off"]
+        assert cut <= read, f"{cut} who sent too much could not read why they were refused"
+        count_the_stalled(process.pid, port, tally)
         which = next(iter(alone))
         count_the_end(process, port, which, alone[which], tally)
     if seconds >= SECONDS:

@@ -23,6 +23,7 @@ from ipn_core.serving.batching import Batcher, ClosedError, FullError
 from ipn_core.serving.intake import Body, Intake
 from ipn_core.serving.metrics import Metrics
 from ipn_core.serving.protocol import (
+    Asked,
     Limits,
     RequestError,
     chunk,
@@ -40,7 +41,7 @@ __all__ = ["create_app"]
 
 _RETRY_S = 1
 _DECODED_AT_ONCE = 2
-"""Requests whose pictures are decoded at the same time: each may take 1 GB while it is."""
+"""Requests that are parsed and whose pictures are decoded at the same time: each may take 1 GB."""
 _POLL_S = 0.5
 """How often it is looked whether a reader of a whole answer is still there."""
 
@@ -146,13 +147,9 @@ class _Service:
             response = Response(status_code=499)  # nobody is there to read it
         except UserError as error:
             response = _refusal(error)
-        except FullError:
-            response = _error(
-                429,
-                f"{self.batcher.waiting} requests wait already. Try again in a moment.",
-                "rate_limit_error",
-                retry=True,
-            )
+        except FullError as error:
+            text = f"{error} Try again in a moment."
+            response = _error(429, text, "rate_limit_error", retry=True)
         except ClosedError:
             response = _error(503, "the server is shutting down.", "server_error", retry=True)
         self.metrics.requests.labels(str(response.status_code)).inc()
@@ -162,23 +159,36 @@ class _Service:
         if (refused := self._locked(request)) is not None:
             return refused
         _check_type(request)
-        values = _parsed(await body.read())
-        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        ready = asyncio.Event()
+        row = await self._taken(request, body, ready)
+        if row.asked.stream:
+            return await self._streamed(row, ready, started)
+        return await self._whole(request, row, ready, started)
+
+    async def _taken(self, request: Request, body: Body, ready: asyncio.Event) -> Row:
+        """Put what a request asks into the queue; its body and its JSON are gone then."""
+        loop = asyncio.get_running_loop()
 
         def wake() -> None:
             with contextlib.suppress(RuntimeError):  # the loop is gone, and with it the reader
                 loop.call_soon_threadsafe(ready.set)
 
-        with self.batcher.place() as put:
-            async with self._decoding:
-                # Decoding pictures takes long enough to keep others waiting.
-                asked = await run_in_threadpool(read_request, values, self.name, self.limits)
-            row = Row(asked)
-            row.ready = wake
-            put(row)
-        if asked.stream:
-            return await self._streamed(row, ready, started)
-        return await self._whole(request, row, ready, started)
+        with self.intake.room(request):
+            data = await body.read()
+            with self.batcher.place() as put:
+                async with self._decoding:
+                    # Parsing and decoding take memory, and long enough to keep others waiting.
+                    row = Row(await run_in_threadpool(self._read, data))
+                row.ready = wake
+                put(row)
+        return row
+
+    def _read(self, data: bytearray) -> Asked:
+        try:
+            values = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the body is no JSON: {error}.") from None
+        return read_request(values, self.name, self.limits)
 
     def _locked(self, request: Request) -> Response | None:
         """Refuse a request without the key, if there is one."""
@@ -274,13 +284,6 @@ def _check_type(request: Request) -> None:
         raise RequestError(
             f"the body must be sent as application/json, got '{kind or 'no type'}'.", status=415
         )
-
-
-def _parsed(data: bytearray) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is no JSON: {error}.") from None
 
 
 def _event(values: Any) -> str:

@@ -21,7 +21,7 @@ __all__ = ["Batcher", "ClosedError", "FullError"]
 
 
 class FullError(Exception):
-    """As many requests wait as may."""
+    """No further request may wait, or come in; the text says which."""
 
 
 class ClosedError(Exception):
@@ -95,7 +95,7 @@ class Batcher:
             if self._closed:
                 raise ClosedError
             if self.depth >= self.waiting:
-                raise FullError
+                raise FullError(f"{self.waiting} requests wait already.")
             self._kept += 1
         taken = False
 

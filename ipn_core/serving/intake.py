@@ -1,23 +1,25 @@
-"""Bodies on their way in: each has so many seconds, and none is waited for at the end."""
+"""Bodies on their way in: how many bytes at once, for how long, and none waited for at the end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ipn_core.serving.batching import ClosedError
+from ipn_core.serving.batching import ClosedError, FullError
 from ipn_core.serving.protocol import Limits, RequestError
 
 __all__ = ["Body", "Intake"]
 
-_DROPPED_S = 10.0
+_AT_ONCE = 5
+"""Bodies of the largest size that there is room for at once; of smaller ones there are more."""
+_DROPPED_S = 30.0
 """How long the rest of a body is heard whose sender has been answered already."""
-_SILENT_S = 1.0
+_SILENT_S = 5.0
 """How long that sender may be silent."""
 _DROPPED = 4
 """How much of it, in bodies of the largest size."""
@@ -26,7 +28,12 @@ _LAST_S = 1.0
 
 
 class Intake:
-    """Bounds the bodies of a server while they come in."""
+    """Bounds the bodies of a server while they come in.
+
+    Attributes:
+        limits: of a body.
+        free: bytes that further bodies may have together.
+    """
 
     def __init__(self, limits: Limits) -> None:
         """Begin to take bodies.
@@ -35,6 +42,7 @@ class Intake:
             limits: the bytes of a body, and its seconds.
         """
         self.limits = limits
+        self.free = _AT_ONCE * limits.body
         self._open: set[asyncio.Timeout] = set()
         self._end: float | None = None
 
@@ -47,6 +55,32 @@ class Intake:
     def closed(self) -> bool:
         """Whether the server is told to end."""
         return self._end is not None
+
+    @contextlib.contextmanager
+    def room(self, request: Request) -> Iterator[None]:
+        """Keep room for a body as large as its header says while the block has it in hand.
+
+        Raises:
+            RequestError: it is too large.
+            FullError: there is no room beside the others.
+        """
+        told = request.headers.get("content-length", "")
+        # Beside a transfer encoding a length says nothing.
+        known = told.isdecimal() and "transfer-encoding" not in request.headers
+        size = int(told) if known else self.limits.body
+        if size > self.limits.body:
+            raise self.too_large()
+        if size > self.free:
+            raise FullError("the requests that are coming in take all the room there is.")
+        self.free -= size
+        try:
+            yield
+        finally:
+            self.free += size
+
+    def too_large(self) -> RequestError:
+        """Return the refusal of a body that has too many bytes."""
+        return RequestError(f"the body has more than {self.limits.body:,} bytes.", status=413)
 
     def close(self) -> None:
         """Wait for no body any longer than a moment; called in the loop that hears them."""
@@ -98,9 +132,7 @@ class Body:
                 while not self.whole:
                     data += await self._piece()
                     if len(data) > limits.body:
-                        raise RequestError(
-                            f"the body has more than {limits.body:,} bytes.", status=413
-                        )
+                        raise self._intake.too_large()
         except TimeoutError:
             if self._intake.closed:
                 raise ClosedError from None

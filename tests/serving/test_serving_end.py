@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from servers import Served, gate, post, serving, shown, wait_for
+from servers import connection, gate, head, post, reply, serving, shown, wait_for
 from toys import toy_model
 
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry
 from ipn_core.serving.protocol import Limits
-
-PATIENCE_S = 25
 
 
 @pytest.fixture(scope="module")
@@ -30,39 +26,11 @@ def body(**more: Any) -> dict[str, Any]:
     return {"model": "toy", "messages": shown(0, "What?"), "max_tokens": 4, **more}
 
 
-@contextmanager
-def connection(served: Served, *, buffer: int | None = None) -> Iterator[socket.socket]:
-    """Connect, with a small buffer for what comes if that is asked for."""
-    host, port = served.address.removeprefix("http://").split(":")
-    with socket.socket() as one:
-        one.settimeout(PATIENCE_S)
-        if buffer:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        one.connect((host, int(port)))
-        yield one
-
-
-def head(length: int) -> bytes:
-    return (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
-    ).encode()
-
-
-def read(one: socket.socket) -> tuple[int, Any]:
-    """Read until the other end closes; returns the status and the JSON."""
-    found = b""
-    while more := one.recv(65536):
-        found += more
-    start, _, content = found.partition(b"\r\n\r\n")
-    return int(start.split()[1]), json.loads(content)
-
-
 def test_a_body_that_does_not_come_is_not_waited_for(model: IPN) -> None:
     with serving(model, limits=Limits(seconds=0.3)) as served:
         with connection(served) as slow:
             slow.sendall(head(10_000) + b'{"messages": ')
-            status, answer = read(slow)
+            status, answer = reply(slow)
         assert status == 408
         assert answer["error"]["message"] == (
             "the body had not come whole after 0.3 s; so far it has 13 bytes."
@@ -84,7 +52,7 @@ def test_a_body_that_does_not_come_does_not_keep_the_server_from_ending(model: I
         asked = pool.submit(post, served.address, body())
         wait_for(lambda: served.service.batcher.busy)
         served.server.should_exit = True
-        status, answer = read(stalled)
+        status, answer = reply(stalled)
         assert (status, answer["error"]["message"]) == (503, "the server is shutting down.")
         assert silent.recv(100) == b""
         assert not asked.done()
@@ -101,7 +69,7 @@ def test_a_body_that_comes_in_the_last_moment_is_answered(model: IPN) -> None:
         served.server.should_exit = True
         wait_for(lambda: served.service.intake.closed)
         late.sendall(content[100:])
-        assert read(late)[0] == 200
+        assert reply(late)[0] == 200
 
 
 def test_who_does_not_read_the_answer_does_not_keep_the_server_from_ending(model: IPN) -> None:

@@ -10,17 +10,18 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from servers import Served, gate, post, serving, shown
+from servers import Served, connection, gate, head, post, reply, serving, shown, wait_for
 from toys import toy_model
 
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry
-from ipn_core.serving import app, protocol
+from ipn_core.serving import app, intake, protocol
 from ipn_core.serving.protocol import Limits, read_request
 from ipn_core.serving.sockets import hosts_of
 
@@ -45,12 +46,16 @@ def waiting(served: Served, count: int) -> None:
     pytest.fail(f"there were never {count} requests waiting")
 
 
+def with_the_model(served: Served) -> None:
+    """Wait until the one request is with the model."""
+    wait_for(lambda: served.service.batcher.busy and served.service.batcher.depth == 0)
+
+
 def test_more_than_may_wait_are_told_to_come_back(model: IPN) -> None:
     with serving(model, batch=1, waiting=2) as served, ThreadPoolExecutor(3) as pool:
         with gate(model) as opened:
             asked = [pool.submit(post, served.address, body())]
-            waiting(served, 0)
-            time.sleep(0.2)  # the first one is with the model now
+            with_the_model(served)
             asked += [pool.submit(post, served.address, body()) for _ in range(2)]
             waiting(served, 2)
             status, answer = post(served.address, body())
@@ -66,8 +71,7 @@ def test_nobodys_pictures_are_decoded_who_is_then_sent_away(
     with serving(model, batch=1, waiting=1) as served, ThreadPoolExecutor(2) as pool:
         with gate(model) as opened:
             asked = [pool.submit(post, served.address, body())]
-            waiting(served, 0)
-            time.sleep(0.2)  # the first one is with the model now
+            with_the_model(served)
             asked += [pool.submit(post, served.address, body())]
             waiting(served, 1)
             with monkeypatch.context() as patch:
@@ -102,11 +106,94 @@ def test_a_request_that_is_being_read_has_its_place_and_few_are_read_at_once(
     assert most == [2]
 
 
+TOO_LARGE = "the body has more than 10,000 bytes."
+
+
 def test_a_large_body_is_refused_before_it_is_read(model: IPN) -> None:
+    with serving(model, limits=Limits(body=10_000)) as served, connection(served) as one:
+        one.sendall(head(20_000_000_000))  # and not a byte of it
+        status, answer = reply(one)
+        assert (status, answer["error"]["message"]) == (413, TOO_LARGE)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_who_sends_all_of_a_large_body_can_read_why_it_is_refused(model: IPN, known: bool) -> None:
+    limit = 2_000_000
+    pieces = [b"x" * 100_000] * 70  # more than the system keeps for a reader who does not read
+    with serving(model, limits=Limits(body=limit)) as served:
+        for _ in range(3):
+            with connection(served) as one:
+                if known:
+                    one.sendall(head(7_000_000, connection="close") + b"".join(pieces))
+                else:
+                    one.sendall(head(connection="close", transfer_encoding="chunked"))
+                    one.sendall(b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces))
+                    one.sendall(b"0\r\n\r\n")
+                status, answer = reply(one)
+                assert status == 413
+                assert answer["error"]["message"] == "the body has more than 2,000,000 bytes."
+        assert post(served.address, body())[0] == 200
+
+
+def test_who_asks_before_sending_is_refused_at_once(
+    model: IPN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "_SILENT_S", 15.0)
+    with serving(model, limits=Limits(body=10_000)) as served, connection(served) as one:
+        one.sendall(head(20_000, expect="100-continue"))
+        assert reply(one)[0] == 413
+        one.settimeout(10)
+        assert one.recv(1) == b"", "it is not closed"
+
+
+def test_what_is_sent_after_a_refusal_is_not_heard_for_ever(model: IPN) -> None:
+    with serving(model, limits=Limits(body=10_000)) as served, connection(served) as one:
+        one.sendall(head(20_000_000_000))
+        with pytest.raises(ConnectionError):
+            one.sendall(b"x" * 100_000_000)
+
+
+@pytest.mark.parametrize("length", [{"length": 10_000}, {"transfer_encoding": "chunked"}])
+def test_bodies_that_come_in_have_bounded_room_together(model: IPN, length: dict[str, Any]) -> None:
+    small = json.dumps(body(messages=[{"role": "user", "content": "What?"}])).encode()
     with serving(model, limits=Limits(body=10_000)) as served:
-        status, answer = post(served.address, body(user="x" * 20_000))
-        assert status == 413
-        assert answer["error"]["message"] == "the body has more than 10,000 bytes."
+        with ExitStack() as stack:
+            stalled = [stack.enter_context(connection(served)) for _ in range(5)]
+            for one in stalled:
+                one.sendall(head(**length) + b"1\r\n{\r\n")
+            wait_for(lambda: served.service.intake.free == 0)
+            with connection(served) as refused:
+                refused.sendall(head(len(small)) + small)
+                status, answer = reply(refused)
+            assert status == 429
+            assert answer["error"]["message"] == (
+                "the requests that are coming in take all the room there is. Try again in a moment."
+            )
+        wait_for(lambda: served.service.intake.free == 50_000)
+        assert post(served.address, small)[0] == 200
+
+
+def test_a_length_beside_chunks_takes_no_less_room(model: IPN) -> None:
+    with serving(model, limits=Limits(body=10_000)) as served, connection(served) as one:
+        one.sendall(head(1, transfer_encoding="chunked") + b"1\r\n{\r\n")
+        wait_for(lambda: served.service.intake.busy)
+        assert served.service.intake.free == 40_000
+
+
+def test_who_is_told_to_come_back_is_told_when(model: IPN) -> None:
+    with serving(model, batch=1, waiting=1) as served, ThreadPoolExecutor(2) as pool:
+        with gate(model) as opened:
+            asked = [pool.submit(post, served.address, body())]
+            with_the_model(served)
+            asked += [pool.submit(post, served.address, body())]
+            waiting(served, 1)
+            one = http.client.HTTPConnection(served.address.removeprefix("http://"), timeout=25)
+            kind = {"content-type": "application/json"}
+            one.request("POST", "/v1/chat/completions", json.dumps(body()), kind)
+            refused = one.getresponse()
+            assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+            opened.set()
+        assert [one.result()[0] for one in asked] == [200, 200]
 
 
 def test_pictures_are_limited_in_number_and_size(model: IPN) -> None:

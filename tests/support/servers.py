@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import socket
 import threading
 import time
 import urllib.error
@@ -42,12 +43,12 @@ def serving(model: IPN, *, host: str = "127.0.0.1", **options: Any) -> Iterator[
     """Serve a model until the block ends, and then shut down in order."""
     app = create_app(model, **{"name": "toy", **options})
     server = Server(app)
-    with bound(host, 0) as socket:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
+    with bound(host, 0) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        served = Served(address_of(host, socket), server, app.state.service, thread)
+        served = Served(address_of(host, listening), server, app.state.service, thread)
         yield served
         server.should_exit = True
         served.ended()
@@ -108,3 +109,36 @@ def post(address: str, body: object, **headers: str) -> tuple[int, Any]:
     except urllib.error.HTTPError as error:
         text = error.read()
         return error.code, json.loads(text) if text[:1] == b"{" else text.decode()
+
+
+@contextlib.contextmanager
+def connection(served: Served, *, buffer: int | None = None) -> Iterator[socket.socket]:
+    """Connect, with a small buffer for what comes if that is asked for."""
+    host, port = served.address.removeprefix("http://").split(":")
+    with socket.socket() as one:
+        one.settimeout(25)
+        if buffer:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        one.connect((host, int(port)))
+        yield one
+
+
+def head(length: int | None = None, **more: str) -> bytes:
+    """The header of a request whose body has so many bytes."""
+    given = {"host": "127.0.0.1", "content-type": "application/json", **more}
+    if length is not None:
+        given["content-length"] = str(length)
+    lines = [f"{name.replace('_', '-')}: {value}" for name, value in given.items()]
+    return "\r\n".join(["POST /v1/chat/completions HTTP/1.1", *lines, "", ""]).encode()
+
+
+def reply(one: socket.socket) -> tuple[int, Any]:
+    """Read an answer that is not a stream; returns the status and the JSON."""
+    with one.makefile("rb") as lines:
+        status = int(lines.readline().split()[1])
+        length = 0
+        while (line := lines.readline()) not in (b"\r\n", b""):
+            name, _, value = line.partition(b":")
+            if name.lower() == b"content-length":
+                length = int(value)
+        return status, json.loads(lines.read(length))
