@@ -10,16 +10,17 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from ipn_core.errors import IPNError
 
 __all__ = [
     "atomic_folder",
     "atomic_write",
+    "atomic_writes",
     "claim",
     "lock",
     "make_folder",
@@ -27,12 +28,14 @@ __all__ = [
     "sha256_of",
 ]
 
+Content: TypeAlias = bytes | Callable[[Path], object]
+"""Of a file: its bytes, or a function that writes them to the path that it is given."""
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _POLL_S = 0.1
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\..+)?")
 
 
-def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path], object]) -> None:
+def atomic_write(path: str | os.PathLike[str], content: Content) -> None:
     """Write a file so that whoever reads `path` finds the old content or the new, never a part.
 
     The content goes to a temporary file in the same folder, which is flushed to the disk and then
@@ -46,24 +49,50 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path],
     Raises:
         IPNError: the system refused, for instance because the disk is full; `path` is as before.
     """
-    target = Path(path).resolve()
-    temporary = target.with_name(f".{target.stem[:32]}.{secrets.token_hex(4)}.tmp{target.suffix}")
+    atomic_writes({path: content})
+
+
+def atomic_writes(contents: Mapping[str | os.PathLike[str], Content]) -> None:
+    """Write files as `atomic_write` does one, all of them or, where one is refused, none.
+
+    All are flushed to the disk before the first is renamed. Only who ends the process between two
+    renames, which need no space, leaves some.
+
+    Args:
+        contents: by the file; see `atomic_write`.
+
+    Raises:
+        IPNError: the system refused one of them.
+    """
+    ready: list[tuple[Path, Path]] = []
     try:
-        with open(temporary, "xb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-        # Some libraries make their files private; the new file is to be like any other.
-        mode = (target if target.exists() else temporary).stat().st_mode & 0o777
-        if not isinstance(content, bytes):
-            content(temporary)
-        temporary.chmod(mode)
-        _sync(temporary)
-        os.replace(temporary, target)
-        _sync(target.parent)
-    except OSError as error:
-        raise IPNError(_refusal(path, error)) from error
+        for path, content in contents.items():
+            target = Path(path).resolve()
+            mark = secrets.token_hex(4)
+            temporary = target.with_name(f".{target.stem[:32]}.{mark}.tmp{target.suffix}")
+            ready.append((temporary, target))
+            with _refusing(path):
+                _prepare(temporary, target, content)
+        for path, (temporary, target) in zip(contents, ready, strict=True):
+            with _refusing(path):
+                os.replace(temporary, target)
+                _sync(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary, _ in ready:
+            temporary.unlink(missing_ok=True)
+
+
+def _prepare(temporary: Path, target: Path, content: Content) -> None:
+    """Write what is to be renamed to `target`, and flush it."""
+    with open(temporary, "xb") as file:
+        if isinstance(content, bytes):
+            file.write(content)
+    # Some libraries make their files private; the new file is to be like any other.
+    mode = (target if target.exists() else temporary).stat().st_mode & 0o777
+    if not isinstance(content, bytes):
+        content(temporary)
+    temporary.chmod(mode)
+    _sync(temporary)
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
@@ -187,6 +216,15 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _refusing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say what the system refused, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise IPNError(_refusal(path, error)) from error
 
 
 def _refusal(path: str | os.PathLike[str], error: OSError) -> str:

@@ -16,6 +16,7 @@ from ipn_core.errors import IPNError
 from ipn_core.files import (
     atomic_folder,
     atomic_write,
+    atomic_writes,
     lock,
     make_folder,
     remove_unfinished,
@@ -75,6 +76,16 @@ def test_a_refusal_of_the_system_leaves_the_old_file_and_nothing_else(
     assert caught.value.exit_code == 1
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a"]
+
+
+def test_of_several_files_none_is_written_where_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(IPNError, match=r"cannot write .*none/b': No such file"):
+        atomic_writes({tmp_path / "a": b"new", tmp_path / "none" / "b": b"new"})
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+    atomic_writes({tmp_path / "a": b"new", tmp_path / "b": lambda to: to.write_bytes(b"two")})
+    assert [(tmp_path / name).read_bytes() for name in names(tmp_path)] == [b"new", b"two"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])

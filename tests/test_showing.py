@@ -16,7 +16,7 @@ from toys import picture, prompt_of, toy_model
 from ipn_core import IPN, Answer
 from ipn_core.answer import Asked
 from ipn_core.plugins import Registry
-from ipn_core.showing.fragments import looks, seconds_bar, whereabouts
+from ipn_core.showing.fragments import looks, seconds_bar, style, whereabouts
 from ipn_core.showing.tokens import segments_of
 from ipn_core.showing.trace import trace_page
 
@@ -145,7 +145,8 @@ def test_the_trace_holds_every_position_once(model: IPN) -> None:
     assert [segment[-1].kind for segment in segments[:-1]] == ["request", "request"]
     read = [one for segment in segments for one in segment]
     positions = sum(one.positions for one in read)
-    assert positions == sum(answer.tokens.values()) + 1  # no forward reads the last id
+    assert positions == sum(answer.tokens.values())
+    assert [one.positions for one in segments[-1]][-2:] == [1, 0]  # no forward reads the last id
     assert [one.text for one in segments[-1] if one.kind == "answer"]
     text = "".join(one.text for one in read if one.kind == "text")
     assert "Is there a dog?" in text
@@ -182,8 +183,16 @@ def test_the_trace_is_one_file_that_fetches_nothing(model: IPN) -> None:
     assert "https:" not in html
     policy = next(a for t, a in read.elements if t == "meta" and "http-equiv" in a)
     assert (policy["content"] or "").startswith("default-src 'none'")
-    for number in range(3):
-        assert f"segment {number}: " in read.text
+    counts = [int(n) for n in re.findall(r"segment \d: (\d+) positions", read.text)]
+    assert len(counts) == 3
+    assert sum(counts) == sum(answer.tokens.values())
+    unread = [a for tag, a in read.elements if "ipn-unread-token" in (a.get("class") or "")]
+    assert [one["title"] for one in unread] == ["the last one: nothing reads it"]
+
+
+def test_the_box_of_a_token_is_not_torn_at_the_end_of_a_line() -> None:
+    (rule,) = re.findall(r"^\.ipn-token, \.ipn-slot \{(.*?)\}", style(), re.DOTALL | re.MULTILINE)
+    assert "display: inline-block;" in rule
 
 
 @pytest.mark.parametrize("words", HOSTILE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,7 +60,8 @@ def ask(
     if trace is not None:
         check_page(trace, image)
     with quiet():
-        from ipn_core.evaluation.heatmap import draw_heatmap, require_map
+        from ipn_core.evaluation.heatmap import drawn_heatmap, require_map
+        from ipn_core.files import Content, atomic_writes
 
         loaded = load_model(
             model,
@@ -70,25 +72,27 @@ def ask(
             dtype=dtype,
         )
         answer = loaded.ask(picture, question)
+        # All of it is made before any is written, and the answer is there whatever the disk does.
+        made: dict[str | os.PathLike[str], Content] = {}
         if heatmap is not None:
-            draw_heatmap(
+            made[heatmap] = drawn_heatmap(
                 answer,
                 [picture],
                 question,
-                heatmap,
                 boxes=[loaded.encoder.shows(picture.size)],
                 model=model,
                 interact=loaded.strategy,
             )
         if trace is not None:
-            from ipn_core.files import atomic_write
             from ipn_core.showing.trace import trace_page
 
-            atomic_write(trace, trace_page(loaded, answer).encode())
+            made[trace] = trace_page(loaded, answer).encode()
     if json:
         print_json(_report(answer, loaded))
     else:
         print(answer.text, flush=True)
+    with quiet():
+        atomic_writes(made)
     if heatmap is not None:
         note(f"where it looked: {heatmap}")
     if trace is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ipn_core.answer import Answer
     from ipn_core.model import IPN
 
-__all__ = ["draw_heatmap", "require_map"]
+__all__ = ["draw_heatmap", "drawn_heatmap", "require_map"]
 
 LINE = 12
 """A picture so many times as long as wide would be a line in its panel; it fills it instead."""
@@ -57,22 +57,52 @@ def draw_heatmap(
     model: str = "",
     interact: str = "",
 ) -> None:
-    """Draw the pictures with the request's attention over them; one row a look.
+    """Draw what `drawn_heatmap` draws, to a file.
 
     Args:
-        answer: with `attentions` (rounds, K, P); the mean over the K dynamic tokens is drawn.
-        images: the pictures that the question was asked about, in order, RGB.
-        question: for the title, with the answer.
+        answer: see there, as for what is not described here.
+        images: likewise.
+        question: likewise.
         path: a PNG file in a folder that exists; written whole or not at all.
-        boxes: for each picture, which part of it the patches show (`VisionEncoder.shows`); all of
-            it by default.
-        model: named if there is no map.
+        boxes: likewise.
+        model: likewise.
         interact: likewise.
 
     Raises:
         UserError: the answer holds no attention map.
         ShapeError: the map does not cover these pictures.
         IPNError: the file cannot be written; what was there is unchanged.
+    """
+    drawn = drawn_heatmap(answer, images, question, boxes=boxes, model=model, interact=interact)
+    atomic_write(path, drawn)
+
+
+def drawn_heatmap(
+    answer: Answer,
+    images: Sequence[Image.Image],
+    question: str,
+    *,
+    boxes: Sequence[Edges] | None = None,
+    model: str = "",
+    interact: str = "",
+) -> Callable[[Path], None]:
+    """Draw the pictures with the request's attention over them; one row a look.
+
+    Args:
+        answer: with `attentions` (rounds, K, P); the mean over the K dynamic tokens is drawn.
+        images: the pictures that the question was asked about, in order, RGB.
+        question: for the title, with the answer.
+        boxes: for each picture, which part of it the patches show (`VisionEncoder.shows`); all of
+            it by default.
+        model: named if there is no map.
+        interact: likewise.
+
+    Returns:
+        What writes it to a PNG file.
+
+    Raises:
+        UserError: the answer holds no attention map.
+        ShapeError: the map does not cover these pictures.
     """
     if answer.attentions is None:
         raise UserError(
@@ -87,7 +117,7 @@ def draw_heatmap(
             warnings.simplefilter("ignore", UserWarning)
             figure.savefig(to, format="png", facecolor="white")
 
-    atomic_write(path, save)
+    return save
 
 
 def _figure(

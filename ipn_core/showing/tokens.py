@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ipn_core.plan import DynamicSlot, ImageSlot, Piece, RequestSlot, Tokens, look_slots
@@ -25,7 +25,8 @@ class Read:
     Attributes:
         kind: "special" tokens are the template's, "answer" ones the model's own.
         text: the token's, or how the slot is written.
-        positions: how many the LLM processes; those that a look puts into its cache too.
+        positions: how many the LLM processes; those that a look puts into its cache too. None of
+            the last token of an answer, which no forward reads.
     """
 
     kind: Kind
@@ -35,8 +36,6 @@ class Read:
 
 def segments_of(model: IPN, answer: Answer) -> list[list[Read]]:
     """Return what was read, a list a segment: each but the last ends with a look's request.
-
-    The last token of an answer is in it, though no forward reads it.
 
     Args:
         model: gave the answer.
@@ -50,6 +49,8 @@ def segments_of(model: IPN, answer: Answer) -> list[list[Read]]:
         found[-1] += _reads(model, answer, piece)
         if isinstance(piece, RequestSlot):
             found.append([])
+    if answer.ids:
+        found[-1][-1] = replace(found[-1][-1], positions=0)
     return found
 
 

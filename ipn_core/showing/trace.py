@@ -83,7 +83,8 @@ def _token(read: Read) -> str:
     if read.kind in ("static", "request", "dynamic"):
         shown = f"{shown} ×{read.positions}"
         return f'<b class="ipn-slot ipn-{read.kind}-slot">{text(shown)}</b>'
-    return f'<span class="ipn-token ipn-{read.kind}-token">{text(shown)}</span>'
+    last = "" if read.positions else ' ipn-unread-token" title="the last one: nothing reads it'
+    return f'<span class="ipn-token ipn-{read.kind}-token{last}">{text(shown)}</span>'
 
 
 def _no_map(answer: Answer) -> str:

@@ -343,11 +343,31 @@ def test_a_full_disk_is_1_and_the_old_heatmap_stays(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    run = ipn("ask", home / "scene.png", "hi", "-m", home / "model", "--heatmap", target)
-    assert (run.code, run.out) == (1, "")
+    ask = ("ask", home / "scene.png", "hi", "-m", home / "model")
+    run = ipn(*ask, "--heatmap", target)
+    assert (run.code, run.out) == (1, ipn(*ask).out)  # the answer is there all the same
     assert "No space left on device" in run.err
     assert target.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["map.png"]
+
+
+def test_a_trace_that_the_disk_has_no_room_for_leaves_no_heatmap_but_the_answer(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ipn: Callable[..., Run]
+) -> None:
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if os.pread(descriptor, 9, 0) == b"<!doctype":
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    ask = ("ask", home / "scene.png", "hi", "-m", home / "model")
+    run = ipn(*ask, "--heatmap", tmp_path / "map.png", "--trace", tmp_path / "trace.html")
+    assert (run.code, run.out) == (1, ipn(*ask).out)
+    (told,) = run.err.splitlines()
+    assert told.startswith(f"ipn: cannot write '{tmp_path / 'trace.html'}': No space left")
+    assert os.listdir(tmp_path) == []
 
 
 def test_ctrl_c_is_130_and_says_nothing(
