@@ -1,10 +1,11 @@
-"""The connector `names` says in words of the LLM what it sees, also of the nine parts."""
+"""The connector `names` says in words of the LLM what it sees, also part by part or by patch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from ipn_names.connector import NamesConnector, NamesConnectorConfig
+from pydantic import ValidationError
 from torch import Tensor
 
 from ipn_core.features import VisualFeatures
@@ -17,7 +18,7 @@ BACKBONE = tiny_backbone()
 LONGEST = max(len(BACKBONE.tokenizer(name, add_special_tokens=False).input_ids) for name in THINGS)
 
 
-def connector(**options: int | bool) -> NamesConnector:
+def connector(**options: int) -> NamesConnector:
     n = len(THINGS)
     width = BACKBONE.D_in
     dims = Dims(Dv=n, D_in=width, D_hidden=(width, width), D_out=width,
@@ -41,9 +42,10 @@ def decoded(tokens: Tensor, slots: int) -> list[str]:
 
 
 def seen(made: NamesConnector, *boards: Tensor) -> list[Tensor]:
-    """The tokens of pictures, each (6, 6, labels) of logits, in one prompt."""
+    """The tokens of pictures, each (h, w, labels) of logits, in one prompt."""
+    grids = [(one.shape[0], one.shape[1]) for one in boards]
     features = VisualFeatures.pack(
-        [one.flatten(0, 1) for one in boards], [(6, 6)] * len(boards), [0] * len(boards), 1
+        [one.flatten(0, 1) for one in boards], grids, [0] * len(boards), 1
     )
     with torch.no_grad():
         return made.connect(features, PerceiveContext([[]], ["?"], features))
@@ -70,10 +72,32 @@ def test_the_likeliest_names_are_said_first() -> None:
 def test_the_nine_parts_follow_row_by_row() -> None:
     board = nine()
     board[..., 4] += 1  # the middle one is the likeliest of the whole, too
-    made = connector(names=1, parts=True)
+    made = connector(names=1, parts=3)
     (tokens,) = seen(made, board)
     assert len(tokens) == made.static_tokens == 10 * LONGEST
     assert decoded(tokens, LONGEST) == ["orange", *THINGS]
+
+
+@pytest.mark.parametrize("grid", [(7, 7), (5, 7)])
+def test_with_as_many_parts_as_patches_each_patch_is_named(grid: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    h, w = grid
+    which = torch.randint(len(THINGS), grid, generator=generator)
+    board = 12.0 * torch.nn.functional.one_hot(which, len(THINGS))
+    made = connector(names=1, parts=max(grid))
+    (tokens,) = seen(made, board)
+    n = max(grid)
+    assert len(tokens) == made.static_tokens == (1 + n * n) * LONGEST
+    # Where there are fewer patches than parts, neighbouring parts have the same one.
+    of = [int(which[(2 * y + 1) * h // (2 * n), (2 * x + 1) * w // (2 * n)]) for y in range(n)
+          for x in range(n)]  # fmt: skip
+    assert decoded(tokens, LONGEST)[1:] == [THINGS[i] for i in of]
+
+
+def test_how_many_parts_is_a_number() -> None:
+    for wrong in (True, -1, 33):
+        with pytest.raises(ValidationError, match="parts"):
+            NamesConnectorConfig(parts=wrong)
 
 
 def test_each_picture_has_its_own_names() -> None:

@@ -19,7 +19,7 @@ class TestImageNetNames(EncoderContract):
 
 class TestConnector(ConnectorContract):
     name = "names"
-    options = {"names": 2, "slots": 5}  # noqa: RUF012
+    options = {"names": 2, "parts": 2, "slots": 5}  # noqa: RUF012
 
 
 class TestNames(InteractionContract):

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ipn_core import Config, Connector, Dims, VisionEncoder, VisualFeatures
 from ipn_core.stages import PerceiveContext
+from ipn_core.transfer import send
 from ipn_core.vocabulary import Vocabulary
 from ipn_names.evidence import Evidence
 from ipn_names.sayings import Sayings
-from ipn_names.windows import WINDOWS
+from ipn_names.windows import pooling, tiles
 
 __all__ = ["NamesConnector", "NamesConnectorConfig"]
 
@@ -21,13 +22,15 @@ class NamesConnectorConfig(Config):
 
     Attributes:
         names: how many of the whole picture's likeliest names.
-        parts: whether those of its nine parts follow, one each, row by row.
+        parts: rows and columns of parts whose likeliest names follow, one each, row by row; 0 for
+            none. With as many as the encoder has patches a side it is one for each patch: with 7
+            where `encoder.parts` is 224, ImageNet's usual size.
         slots: tokens for each name, shorter ones followed by empty slots and longer ones cut; the
             longest of ImageNet's names in SmolLM2's tokens has 9.
     """
 
     names: int = Field(default=3, ge=1, le=64)
-    parts: bool = False
+    parts: int = Field(default=0, ge=0, le=32, strict=True)
     slots: int = Field(default=9, ge=1, le=32)
 
 
@@ -35,7 +38,7 @@ class NamesConnector(Connector):
     """One slot for each token of a name: what a classifier says, the same whatever is asked.
 
     The tokens are input embeddings of the LLM, so that it reads them as words; nothing of it is
-    trained. While something before it trains, the gradient is that of the mixture of all names.
+    trained. What is said of a part is the likeliest by the mean of its patches' logits.
     """
 
     Config = NamesConnectorConfig
@@ -43,6 +46,7 @@ class NamesConnector(Connector):
     def __init__(self, config: NamesConnectorConfig, dims: Dims, encoder: VisionEncoder) -> None:
         super().__init__(config, dims, encoder)
         self.sayings = Sayings(dims.labels, 0, config.slots, dims.D_in)
+        self.parts = tiles(config.parts)
 
     @classmethod
     def not_supported_reasons(cls, config: NamesConnectorConfig, dims: Dims) -> list[str]:
@@ -57,7 +61,7 @@ class NamesConnector(Connector):
     @property
     def static_tokens(self) -> int:
         """Static tokens S a picture."""
-        return int((self.config.names + len(_PARTS) * self.config.parts) * self.config.slots)
+        return int((self.config.names + self.config.parts**2) * self.config.slots)
 
     def meet(self, vocabulary: Vocabulary) -> None:
         """Take the names' tokens."""
@@ -73,15 +77,9 @@ class NamesConnector(Connector):
             seen[span.sample] += 1
             if (span.offset, span.grid) not in made:
                 names = of[0].topk(min(self.config.names, of.shape[1])).indices
-                if self.config.parts:
-                    names = torch.cat([names, of[_PARTS].argmax(-1)])
+                if self.parts:
+                    own = features.values[span.offset : span.offset + span.length].float()
+                    within = send(pooling(span.grid, self.parts), own.device, own.dtype)
+                    names = torch.cat([names, (within @ own).argmax(-1)])
                 made[span.offset, span.grid] = self.sayings.said(names).flatten(0, 1)
         return [made[span.offset, span.grid] for span in features.images]
-
-
-_PARTS = [
-    1 + index
-    for index, (top, left, bottom, right) in enumerate(WINDOWS)
-    if bottom - top < 0.4 and right - left < 0.4 and {round(6 * top), round(6 * left)} <= {0, 2, 4}
-]
-"""The nine windows that part a picture."""

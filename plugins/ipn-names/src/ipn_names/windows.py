@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ipn_names.wordings import CELLS
 
-__all__ = ["WINDOWS", "centres", "inside", "pooling"]
+__all__ = ["WINDOWS", "Window", "centres", "inside", "pooling", "tiles"]
+
+Window: TypeAlias = tuple[float, float, float, float]
+"""(top, left, bottom, right) as fractions of a picture's sides."""
 
 _SIZES = ((0.5, 1.0), (1.0, 0.5), (0.5, 0.5), (1 / 3, 1.0), (1.0, 1 / 3), (1 / 3, 1 / 3))
 """Heights and widths; windows overlap by half."""
@@ -21,13 +26,23 @@ def _steps(size: float) -> list[float]:
     return [(1 - size) * i / max(count - 1, 1) for i in range(count)]
 
 
-WINDOWS: tuple[tuple[float, float, float, float], ...] = tuple(
+WINDOWS: tuple[Window, ...] = tuple(
     (top, left, top + height, left + width)
     for height, width in _SIZES
     for top in _steps(height)
     for left in _steps(width)
 )
-"""(top, left, bottom, right) as fractions of a picture's sides."""
+"""The windows that a look compares."""
+
+
+def tiles(side: int) -> tuple[Window, ...]:
+    """Return the windows that part a picture into `side` rows of as many, row by row; 0: none."""
+    edges = [i / max(side, 1) for i in range(side + 1)]
+    return tuple(
+        (top, left, bottom, right)
+        for top, bottom in pairwise(edges)
+        for left, right in pairwise(edges)
+    )
 
 
 def centres() -> Tensor:
@@ -36,7 +51,7 @@ def centres() -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def pooling(grid: tuple[int, int]) -> Tensor:
+def pooling(grid: tuple[int, int], windows: tuple[Window, ...] = WINDOWS) -> Tensor:
     """Return the weights (W, h·w) that make the mean over each window's patches.
 
     A window that no patch's centre lies in takes the nearest one.
@@ -45,7 +60,7 @@ def pooling(grid: tuple[int, int]) -> Tensor:
     y = ((torch.arange(h) + 0.5) / h).repeat_interleave(w)
     x = ((torch.arange(w) + 0.5) / w).repeat(h)
     rows = []
-    for top, left, bottom, right in WINDOWS:
+    for top, left, bottom, right in windows:
         within = (y > top - _EPS) & (y < bottom + _EPS) & (x > left - _EPS) & (x < right + _EPS)
         if not within.any():
             away = (y - (top + bottom) / 2) ** 2 + (x - (left + right) / 2) ** 2
