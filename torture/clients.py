@@ -7,7 +7,7 @@ import contextlib
 import json
 from typing import Any
 
-__all__ = ["ask", "begin", "leave", "outcome", "send_slowly", "send_too_much"]
+__all__ = ["ask", "begin", "leave", "outcome", "send_slowly", "send_too_much", "through"]
 
 PATIENCE_S = 240.0
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -140,3 +140,36 @@ async def send_too_much(port: int, size: int) -> int:
         return 0
     finally:
         writer.close()
+
+
+async def through(app: Any, content: bytes) -> tuple[int, bytes]:
+    """Ask a web application for a completion without a socket; returns the status and the body."""
+    heard, status, said = False, 0, b""
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/chat/completions",
+        "raw_path": b"/v1/chat/completions",
+        "query_string": b"",
+        "headers": [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+        ],
+    }
+
+    async def receive() -> dict[str, Any]:
+        nonlocal heard
+        if heard:
+            await asyncio.Event().wait()  # it stays
+        heard = True
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    async def send(message: Any) -> None:
+        nonlocal status, said
+        status = message.get("status", status)
+        said += message.get("body", b"")
+
+    await app(scope, receive, send)
+    return status, said

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import contextlib
 import io
 import json
@@ -25,8 +27,11 @@ from ipn_core.model import IPN
 from ipn_core.plan import Tokens
 from ipn_core.plugins import Registry
 from ipn_core.prompt import Prompt
+from ipn_core.serving.app import create_app
+from ipn_core.serving.protocol import Limits
 from ipn_core.tasks import open_task
 from ipn_core.testing.checkpoints import save_tiny_model
+from torture.clients import through
 from torture.damage import CORPUS, ODD, damages
 from torture.tally import Tally, peak_mib, reset_peak
 
@@ -363,3 +368,69 @@ def test_answers(tally: Any, scaled: Any, model: IPN) -> None:
     run()
     for length in (500, 5_000, 200_000):
         counts.attempt(f"{length} characters", lambda n=length: model.ask(picture(), "x" * n))
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+OPTIONS = (
+    "max_completion_tokens", "max_tokens", "messages", "model", "n", "seed", "stop", "stream",
+    "stream_options", "temperature", "top_p", "user", "tools",
+)  # fmt: skip
+WITHIN = (
+    (0,), (0, "role"), (0, "content"), (0, "content", 0), (0, "content", 0, "type"),
+    (0, "content", 0, "image_url"), (0, "content", 0, "image_url", "url"),
+    (0, "content", 1, "text"), (1,),
+)  # fmt: skip
+PLACES = [(name,) for name in OPTIONS] + [("messages", *path) for path in WITHIN]
+HALVES = st.text(st.characters(), max_size=9) | st.sampled_from(["\ud800", "data:a;base64,\udfff"])
+VALUES = st.recursive(
+    SCALARS.filter(lambda v: not isinstance(v, bytes))
+    | HALVES
+    | st.sampled_from(["", "user", "system", "text", "image_url", -1, 2**70, 1e308, "x" * 9_999]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(HALVES, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def _request(place: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    """A good request with another value in one place."""
+    url = "data:image/png;base64," + base64.b64encode(CORPUS[min(CORPUS)]).decode()
+    shown = {"type": "image_url", "image_url": {"url": url}}
+    content = [shown, {"type": "text", "text": "What?"}]
+    made: dict[str, Any] = {"messages": [{"role": "user", "content": content}], "max_tokens": 2}
+    *path, last = place
+    inner: Any = made
+    for key in path:
+        inner = inner[key]
+    if isinstance(inner, list) and last == len(inner):
+        inner.append(value)
+    else:
+        inner[last] = value
+    return made
+
+
+def test_requests_of_json(tally: Any, scaled: Any, model: IPN) -> None:
+    """The whole application of `ipn serve`: a refusal in the protocol's form, or an answer."""
+    counts = tally("JSON sent to `ipn serve`: arbitrary trees, and requests with one odd value")
+    app = create_app(model, limits=Limits(tokens=4))
+
+    def ask(content: bytes) -> None:
+        status, said = runner.run(through(app, content))
+        if 400 <= status < 500:
+            raise UserError(json.loads(said)["error"]["message"])
+        assert status == 200, (status, said[:200])
+
+    @generated(scaled(600))
+    @given(st.builds(_request, st.sampled_from(PLACES), VALUES) | VALUES)
+    def run(tree: Any) -> None:
+        content = json.dumps(tree).encode()
+        counts.attempt(repr(content[-200:]), lambda: ask(content))
+
+    with asyncio.Runner() as runner:
+        ask(json.dumps(_request(("n",), 1)).encode())
+        run()
+        for depth in (50, 500, 900, 960, 5_000):
+            deep = b'{"temperature": ' + b"[" * depth + b"]" * depth + b"}"
+            counts.attempt(f"{depth} lists in one another", lambda d=deep: ask(d))
+        app.state.service.batcher.close()
+    assert counts.refused > counts.tried // 2

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["create_app"]
 
+_LOG = logging.getLogger(__name__)
 _RETRY_S = 1
 _DECODED_AT_ONCE = 2
 """Requests that are parsed and whose pictures are decoded at the same time: each may take 1 GB."""
@@ -152,6 +154,8 @@ class _Service:
             response = _error(429, text, "rate_limit_error", retry=True)
         except ClosedError:
             response = _error(503, "the server is shutting down.", "server_error", retry=True)
+        except Exception as error:
+            response = _failure(error)
         self.metrics.requests.labels(str(response.status_code)).inc()
         return body.answered(response)
 
@@ -188,7 +192,10 @@ class _Service:
             values = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the body is no JSON: {error}.") from None
-        return read_request(values, self.name, self.limits)
+        try:
+            return read_request(values, self.name, self.limits)
+        except RecursionError:  # telling what is wrong goes deeper than parsing did
+            raise RequestError("the body is nested too deeply.") from None
 
     def _locked(self, request: Request) -> Response | None:
         """Refuse a request without the key, if there is one."""
@@ -294,6 +301,7 @@ def _failure(error: Exception) -> JSONResponse:
     """Say what went wrong while answering: the user's input, or this server."""
     if isinstance(error, UserError):
         return _refusal(error)
+    _LOG.error("a request failed", exc_info=error)
     return _error(500, f"answering failed: {type(error).__name__}: {error}", "server_error")
 
 

@@ -33,6 +33,8 @@ _UNREAD = ("metadata", "service_tier", "store", "user")
 """Keys that change no answer."""
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _MOST_STOPS = 4
+_MOST_SAID = 1_000
+"""Characters of an error's text, which may repeat what was sent."""
 
 
 class RequestError(UserError):
@@ -118,7 +120,8 @@ def read_request(body: Any, model: str, limits: Limits) -> Asked:
     for name in body:
         if name not in (*_OPTIONS, *_UNREAD) and body[name] is not None:
             raise RequestError(
-                f"'{name}' is not served{near(name, _OPTIONS)}. Served are {', '.join(_OPTIONS)}.",
+                f"'{_short(name)}' is not served{near(_short(name), _OPTIONS)}. Served are "
+                f"{', '.join(_OPTIONS)}.",
                 param=name,
                 code="unsupported_parameter",
             )
@@ -131,7 +134,8 @@ def read_request(body: Any, model: str, limits: Limits) -> Asked:
         )
     if body.get("n") not in (None, 1):
         raise RequestError("'n' must be 1: ask several times for several answers.", param="n")
-    key = "max_completion_tokens" if body.get("max_completion_tokens") else "max_tokens"
+    newer = body.get("max_completion_tokens") is not None
+    key = "max_completion_tokens" if newer else "max_tokens"
     temperature = _number(body, "temperature", 0.0, 0.0, 2.0)
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
@@ -177,7 +181,8 @@ def _prompt(messages: Any, limits: Limits) -> Prompt:
 
 
 def _turn(message: Any, where: str) -> Turn:
-    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(role, str) or role not in _ROLES:
         raise RequestError(
             f"{where} must be an object whose 'role' is one of {', '.join(_ROLES)}.", param=where
         )
@@ -188,7 +193,7 @@ def _turn(message: Any, where: str) -> Turn:
         items = tuple(_part(p, f"{where}.content[{i}]") for i, p in enumerate(content))
     else:
         raise RequestError(f"{where}.content must be a text or a list of parts.", param=where)
-    turn = Turn(_ROLES[message["role"]], items)  # type: ignore[arg-type]
+    turn = Turn(_ROLES[role], items)  # type: ignore[arg-type]
     if turn.images and turn.role != "user":
         raise RequestError(f"{where}: only a user's message may show pictures.", param=where)
     return turn
@@ -213,10 +218,9 @@ def _part(part: Any, where: str) -> Content:
 def _bytes_of(url: str, where: str) -> bytes:
     head, comma, data = url.partition(",")
     if not head.startswith("data:") or not head.endswith(";base64") or not comma:
-        shown = url if len(url) <= 40 else url[:40] + "…"
         raise RequestError(
             f"{where}: pictures are sent as data:image/…;base64,…; addresses are not fetched. Got "
-            f"'{shown}'.",
+            f"'{_short(url)}'.",
             param=where,
         )
     try:
@@ -279,6 +283,10 @@ def _stops(value: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _short(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else text[:most] + "…"
+
+
 def _kind(value: Any) -> str:
     names: dict[type, str] = {list: "a list", str: "a text", bool: "true or false"}
     return names.get(type(value), "null" if value is None else "a number")
@@ -333,5 +341,11 @@ def _object(
 def error_body(
     text: str, kind: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """Return the JSON of a refusal."""
-    return {"error": {"message": text, "type": kind, "param": param, "code": code}}
+    """Return the JSON of a refusal, bounded and in valid Unicode whatever it repeats."""
+    message, about = (None if t is None else _sayable(t) for t in (text, param))
+    return {"error": {"message": message, "type": kind, "param": about, "code": code}}
+
+
+def _sayable(text: str) -> str:
+    # JSON may hold halves of characters, which nothing can be encoded with.
+    return _short(text, _MOST_SAID).encode("utf-8", "backslashreplace").decode()

@@ -144,10 +144,22 @@ def test_the_model_is_listed(client: openai.OpenAI) -> None:
     assert [one.id for one in client.models.list()] == ["toy"]
 
 
+def told_of(url: str) -> list[object]:
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
 REFUSED = [
     ({"messages": []}, 400, "at least one message"),
     ({"messages": [{"role": "user", "content": "  "}]}, 400, "with some text"),
     ({"messages": [{"role": "robot", "content": "x"}]}, 400, "'role' is one of"),
+    ({"messages": [{"role": [], "content": "x"}]}, 400, "'role' is one of"),
+    ({"messages": [{"role": {}, "content": "x"}]}, 400, "'role' is one of"),
+    ({"messages": [{"role": "user", "content": "\ud800?"}]}, 400, ""),
+    ({"messages": told_of("\ud800")}, 400, "addresses are not fetched. Got '\\ud800'"),
+    ({"\ud800": 1}, 400, "'\\ud800' is not served. Served are"),
+    ({"x" * 100_000: 1}, 400, f"'{'x' * 40}…' is not served. Served are"),
+    ({"model": "x" * 100_000}, 404, "unknown model 'xxx"),
+    ({"max_completion_tokens": 0}, 400, "'max_completion_tokens' must be a whole number from 1"),
     ({"messages": [{"role": "user", "content": 3}]}, 400, "a text or a list of parts"),
     ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "must be {"),
     (
@@ -197,6 +209,7 @@ def test_what_is_wrong_is_refused_by_name(
     assert found == status, answer
     if status != 200:
         assert text in answer["error"]["message"]
+        assert len(answer["error"]["message"]) < 1_100
         assert answer["error"]["type"] == "invalid_request_error"
 
 

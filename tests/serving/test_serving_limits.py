@@ -61,6 +61,7 @@ def test_more_than_may_wait_are_told_to_come_back(model: IPN) -> None:
             status, answer = post(served.address, body())
             assert status == 429
             assert answer["error"]["type"] == "rate_limit_error"
+            assert answer["error"]["message"] == ("2 requests wait already. Try again in a moment.")
             opened.set()
         assert [one.result()[0] for one in asked] == [200, 200, 200]
 
@@ -324,6 +325,34 @@ def test_a_fault_while_answering_is_a_500_and_the_next_answer_comes(model: IPN) 
         assert status == 500
         assert "out of luck" in answer["error"]["message"]
         assert post(served.address, body())[0] == 200
+
+
+def test_a_fault_while_reading_is_a_500_that_is_counted_and_tells_no_traceback(
+    model: IPN, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(model) as served:
+        with monkeypatch.context() as patch:
+            patch.setattr(app, "read_request", lambda *_: {}["nothing"])
+            status, answer = post(served.address, body())
+        assert status == 500
+        assert answer["error"] == {
+            "message": "answering failed: KeyError: 'nothing'",
+            "type": "server_error",
+            "param": None,
+            "code": None,
+        }
+        with urllib.request.urlopen(f"{served.address}/metrics") as response:
+            assert 'ipn_requests_total{status="500"} 1.0' in response.read().decode()
+        assert post(served.address, body())[0] == 200
+    assert "KeyError: 'nothing'" in caplog.text, "who runs the server is told where it came from"
+
+
+def test_json_of_any_depth_is_refused_by_name(model: IPN) -> None:
+    with serving(model) as served:
+        for depth in range(100, 1_100, 20):
+            deep = "[" * depth + "]" * depth
+            status, answer = post(served.address, f'{{"temperature": {deep}}}'.encode())
+            assert status == 400, (depth, answer)
 
 
 def test_shutting_down_finishes_what_was_begun(model: IPN) -> None:
