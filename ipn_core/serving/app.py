@@ -45,7 +45,7 @@ _RETRY_S = 1
 _DECODED_AT_ONCE = 2
 """Requests that are parsed and whose pictures are decoded at the same time: each may take 1 GB."""
 _POLL_S = 0.5
-"""How often it is looked whether a reader of a whole answer is still there."""
+"""How often it is looked whether somebody who waits for a piece of an answer is still there."""
 
 
 def create_app(
@@ -68,7 +68,8 @@ def create_app(
         waiting: requests that may wait; a further one gets 429.
         hosts: values of the header Host that are accepted; none for all. A page in a browser that
             reaches a local server through a name of its own is kept out by it.
-        key: what requests must bring as "Authorization: Bearer …", None for nothing.
+        key: what requests, but those for /healthz, must bring as "Authorization: Bearer …"; None
+            for nothing.
     """
     service = _Service(model, name or model.name, limits or Limits(), batch, waiting, key)
     app = Starlette(
@@ -125,7 +126,7 @@ class _Service:
         return JSONResponse({"object": "list", "data": [one]})
 
     async def health(self, request: Request) -> Response:
-        """Say whether requests will be answered."""
+        """Say whether requests will be answered; without a key, which load balancers have not."""
         alive = self.batcher.alive and not self.intake.closed
         return JSONResponse(
             {"status": "ok" if alive else "closing", "waiting": self.batcher.depth},
@@ -134,6 +135,8 @@ class _Service:
 
     async def metrics_text(self, request: Request) -> Response:
         """Tell what was counted."""
+        if (refused := self._locked(request)) is not None:
+            return refused
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     # -- asking ----------------------------------------------------------------------------------
@@ -166,7 +169,7 @@ class _Service:
         ready = asyncio.Event()
         row = await self._taken(request, body, ready)
         if row.asked.stream:
-            return await self._streamed(row, ready, started)
+            return await self._streamed(request, row, ready, started)
         return await self._whole(request, row, ready, started)
 
     async def _taken(self, request: Request, body: Body, ready: asyncio.Event) -> Row:
@@ -210,19 +213,7 @@ class _Service:
         self, request: Request, row: Row, ready: asyncio.Event, started: float
     ) -> Response:
         said: list[str] = []
-        while True:
-            try:
-                piece = await asyncio.wait_for(_next(row, ready), _POLL_S)
-            except TimeoutError:
-                if await request.is_disconnected():
-                    row.cancelled.set()
-                    raise ClientDisconnect from None
-                continue
-            except asyncio.CancelledError:
-                row.cancelled.set()
-                raise
-            if isinstance(piece, Done):
-                break
+        while not isinstance(piece := await self._awaited(request, row, ready), Done):
             if not said:
                 self.metrics.first_token.observe(time.perf_counter() - started)
             said.append(piece)
@@ -233,13 +224,24 @@ class _Service:
             completion(new_id(), self.name, "".join(said), piece.reason, piece.usage)
         )
 
-    async def _streamed(self, row: Row, ready: asyncio.Event, started: float) -> Response:
+    async def _awaited(self, request: Request, row: Row, ready: asyncio.Event) -> str | Done:
+        """Return the next piece of an answer, as long as its reader is there."""
+        while True:
+            try:
+                return await asyncio.wait_for(_next(row, ready), _POLL_S)
+            except TimeoutError:
+                if await request.is_disconnected():
+                    row.cancelled.set()
+                    raise ClientDisconnect from None
+            except asyncio.CancelledError:
+                row.cancelled.set()
+                raise
+
+    async def _streamed(
+        self, request: Request, row: Row, ready: asyncio.Event, started: float
+    ) -> Response:
         """Wait for the first piece, so that a failure before it has its own status."""
-        try:
-            first = await _next(row, ready)
-        except asyncio.CancelledError:
-            row.cancelled.set()
-            raise
+        first = await self._awaited(request, row, ready)
         self.metrics.first_token.observe(time.perf_counter() - started)
         if isinstance(first, Done) and first.error is not None:
             return _failure(first.error)

@@ -33,6 +33,9 @@ class Settings(BaseModel):
         max_tokens: of an answer at most.
         max_body: megabytes of a request at most.
         body_seconds: in which a request must have come.
+        hosts: values of the header Host that are accepted; none for all, as it is not known here
+            by which address the cluster is asked. They keep out pages in a browser that reach it
+            by a name of their own.
         device, dtype: where it runs, and in which format; see `ipn_core.placing`.
     """
 
@@ -45,6 +48,7 @@ class Settings(BaseModel):
     max_tokens: int = Field(default=256, ge=1)
     max_body: int = Field(default=20, ge=1)
     body_seconds: int = Field(default=60, ge=1)
+    hosts: tuple[str, ...] = ()
     device: str | None = None
     dtype: str | None = None
 
@@ -77,6 +81,7 @@ def application(args: Mapping[str, Any]) -> Application:
             ),
             batch=settings.batch,
             waiting=settings.waiting,
+            hosts=settings.hosts,
             key=os.environ.get("IPN_API_KEY") or None,
         )
 

@@ -9,10 +9,15 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from command_line import assert_refused, shell
+
+from ipn_core.cli.demo import demo
+from ipn_core.cli.serve import serve
 
 ROOT = Path(__file__).parents[2]
 CODE = "import sys; from ipn_core.cli import main; sys.exit(main())"
@@ -65,3 +70,13 @@ def test_an_address_of_another_machine_is_refused() -> None:
 def test_an_unknown_model_is_refused() -> None:
     run = shell("serve", "--port", "0", "--model", "startr")
     assert_refused(run, "startr", "did you mean 'starter'?")
+
+
+@pytest.mark.parametrize("command", [serve, demo])
+def test_its_page_names_every_option(command: Callable[..., None]) -> None:
+    page = (ROOT / "docs" / f"{command.__name__}.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`(--[\w-]+)", page))
+    names = get_type_hints(command).keys() - {"return", "debug"}
+    options = {f"--{name.replace('_', '-')}" for name in names}
+    assert len(options) > 7
+    assert options <= told

@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -69,17 +70,23 @@ def test_more_than_may_wait_are_told_to_come_back(model: IPN) -> None:
 def test_nobodys_pictures_are_decoded_who_is_then_sent_away(
     model: IPN, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    reads: list[Any] = []
+
+    def read(*given: Any) -> Any:
+        reads.append(given)
+        return read_request(*given)
+
+    monkeypatch.setattr(app, "read_request", read)
     with serving(model, batch=1, waiting=1) as served, ThreadPoolExecutor(2) as pool:
         with gate(model) as opened:
             asked = [pool.submit(post, served.address, body())]
             with_the_model(served)
             asked += [pool.submit(post, served.address, body())]
             waiting(served, 1)
-            with monkeypatch.context() as patch:
-                patch.setattr(app, "read_request", lambda *_: pytest.fail("it was read"))
-                assert post(served.address, body())[0] == 429
+            assert post(served.address, body())[0] == 429
             opened.set()
         assert [one.result()[0] for one in asked] == [200, 200]
+        assert len(reads) == 2
         # A request that turns out wrong gives its place back.
         assert [post(served.address, body(n=2))[0] for _ in range(3)] == [400] * 3
         assert post(served.address, body())[0] == 200
@@ -291,6 +298,15 @@ def test_a_key_is_asked_for_if_there_is_one(model: IPN) -> None:
     with serving(model, key="secret") as served:
         assert post(served.address, body())[0] == 401
         assert post(served.address, body(), authorization="Bearer secret")[0] == 200
+        with urllib.request.urlopen(f"{served.address}/healthz") as response:
+            assert response.status == 200
+        for page in ("/metrics", "/v1/models"):
+            asked = urllib.request.Request(f"{served.address}{page}")
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(asked)
+            asked.add_header("authorization", "Bearer secret")
+            with urllib.request.urlopen(asked) as response:
+                assert response.status == 200
 
 
 def test_a_reader_who_goes_away_frees_the_model(model: IPN) -> None:
@@ -312,6 +328,27 @@ def test_a_reader_who_goes_away_frees_the_model(model: IPN) -> None:
         handle.remove()
         assert (status, answer["usage"]["completion_tokens"]) == (200, 4)
         assert len(steps) < 100, "the answer went on with nobody to read it"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reader_who_goes_before_the_first_piece_is_noticed(model: IPN, stream: bool) -> None:
+    asked = json.dumps(body(stream=stream)).encode()
+    with serving(model, batch=1) as served, gate(model) as opened:
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(post, served.address, body())
+            with_the_model(served)
+            with connection(served) as gone:
+                gone.sendall(head(len(asked)) + asked)
+                waiting(served, 1)
+            counted = served.service.metrics.cancelled
+            wait_for(lambda: counted.collect()[0].samples[0].value == 1)
+            opened.set()
+            assert first.result()[0] == 200
+        wait_for(lambda: not served.service.batcher.busy)
+        with urllib.request.urlopen(f"{served.address}/metrics") as response:
+            text = response.read().decode()
+    assert 'ipn_requests_total{status="499"} 1.0' in text
+    assert "ipn_batch_size_count 1.0" in text, "it was answered with nobody to read it"
 
 
 def test_a_fault_while_answering_is_a_500_and_the_next_answer_comes(model: IPN) -> None:

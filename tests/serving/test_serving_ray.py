@@ -19,7 +19,7 @@ import pytest
 import yaml
 from layered import Environment, environment_with
 from PIL import Image
-from servers import png, shown
+from servers import png, post, shown
 
 from ipn_core.model import IPN
 from ipn_core.testing.checkpoints import save_tiny_model
@@ -113,3 +113,7 @@ def test_what_is_wrong_is_refused_there_too(address: str, folder: Path) -> None:
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="other", messages=shown(1, "What?"))
+
+
+def test_pages_of_other_sites_are_kept_out_there_too(address: str) -> None:
+    assert post(address, {"messages": []}, host="evil.example") == (400, "Invalid host header")
