@@ -121,7 +121,13 @@ def test_pickled_weights_are_refused_and_not_opened(
     if not with_config:
         (saved / "config.json").unlink()
     (saved / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(CheckpointError, match=rf"{name}.* can run code when loaded: refused"):
+    said = (
+        rf"there is {name}, but pickled weights can run code when loaded: refused\). "
+        "Save the model again"
+        if with_config
+        else rf"holds pickled weights \({name}\), which can run"
+    )
+    with pytest.raises(CheckpointError, match=said):
         load(registry, saved)
     assert not Path("pwned").exists()
 
@@ -172,7 +178,7 @@ def test_a_link_that_leads_nowhere_is_refused(registry: Any, saved: Path) -> Non
     path = saved / "model.safetensors"
     path.unlink()
     path.symlink_to(path)
-    with pytest.raises(CheckpointError, match=r"model.safetensors' is a link .*: refused"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors' is a link that leads nowhere"):
         load(registry, saved)
 
 
@@ -289,7 +295,7 @@ def test_a_full_disk_leaves_the_old_files_intact(
     [
         ("{", "is not valid JSON"),
         ("[]", "must hold an object"),
-        ("{}", "has format None; this version reads 1"),
+        ("{}", "has format None; this version reads 1. Upgrade ipn-core or save"),
         ('{"format": 99}', "has format 99"),
         ('{"format": 1}', "config.json.backbone' is missing"),
     ],

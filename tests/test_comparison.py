@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import types
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from ipn_core.comparison.arms import Arm, Arms
 from ipn_core.comparison.config import CompareConfig
 from ipn_core.comparison.executors import Ray
 from ipn_core.comparison.job import Job
-from ipn_core.errors import ConfigError, IPNError, UserError
+from ipn_core.errors import ConfigError, IPNError, TrainingError, UserError
 
 pytestmark = pytest.mark.usefixtures("own_training")
 
@@ -123,7 +125,7 @@ def test_an_arm_takes_the_first_of_several_other_ways_that_it_can(llm: Path) -> 
         ("reference", "film", "none of arms"),
         ("arms.rvii.width", "interact.depht", "does not set|depht"),
         ("arms.static.width", "perceive.hiden", "hiden"),
-        ("evaluate.0.shuffled", False, "shuffled: true"),
+        ("evaluate.0.shuffled", False, "evaluate must hold an entry with shuffled: true"),
         ("sweep", {"arms": ["film"], "dynamic": [1]}, "sweep names film, but the arms are rvii, "),
         (
             "arms.rvii-constant",
@@ -190,7 +192,10 @@ def test_a_part_of_a_comparison_may_name_what_only_the_others_have(llm: Path) ->
     ("evaluate", "said"),
     [
         ([{"task": "none.jsonl"}], "no such file: 'none.jsonl'"),
-        ([{"task": "colours", "split": "val"}, {"task": "colours", "split": "val"}], "'val' twice"),
+        (
+            [{"task": "colours", "split": "val"}, {"task": "colours", "split": "val"}],
+            "'val' twice: scores are told apart by task and split",
+        ),
     ],
 )
 def test_what_is_asked_is_looked_at_before_anything_is_trained(
@@ -200,6 +205,22 @@ def test_what_is_asked_is_looked_at_before_anything_is_trained(
     with pytest.raises(UserError, match=said):
         comparison({**values, "evaluate": [*values["evaluate"], *evaluate]}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_jobs_that_fail_are_named_and_the_others_kept(llm: Path, tmp_path: Path) -> None:
+    class Half:
+        workers = 1
+
+        def run(self, jobs: Any, ended: Any) -> None:
+            ended(jobs[0], "out of\n memory")
+            ended(jobs[1], None)
+
+    written: list[str] = []
+    jobs: Any = [SimpleNamespace(name=n, write=partial(written.append, n)) for n in ("a-0", "b-0")]
+    said = r"1 of 2 jobs failed; the others are kept. Mend the cause .*: out of memory$"
+    with pytest.raises(TrainingError, match=said):
+        comparison(comparing(llm), tmp_path / "out", executor=Half())._run(jobs)
+    assert written == ["a-0", "b-0"]
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"digest": 3}'])
@@ -290,9 +311,9 @@ def test_the_cpu_time_of_a_job_is_that_of_its_parts(done: Path) -> None:
 def test_a_folder_is_gone_on_with_only_on_request_and_with_the_same_config(
     llm: Path, done: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="Go on with --resume"):
+    with pytest.raises(ConfigError, match="holds a comparison already"):
         comparison(comparing(llm), done)
-    with pytest.raises(ConfigError, match="another config"):
+    with pytest.raises(ConfigError, match="holds a comparison with another config"):
         comparison(changed(comparing(llm), "stages.0.steps", 9), done, resume=True)
     other = changed(comparing(llm), "arms.static.model.perceive.norm", False)
     with pytest.raises(ConfigError, match="holds arm 'static' with another config"):

@@ -138,7 +138,9 @@ def test_without_a_look_a_stage_of_it_is_refused(registry: Registry) -> None:
     parts = Parts(registry)
     values = toy_config(registry, "toy-static")
     parts.config = IPNConfig.resolve(values, registry, "model")
-    with pytest.raises(ConfigError, match=r"layout\.rounds 0 .*: a requester was given"):
+    with pytest.raises(
+        ConfigError, match=r"layout\.rounds 0 has no look at <img-q>: a requester was given"
+    ):
         parts.assemble()
 
 

@@ -290,7 +290,7 @@ def test_options_that_are_unknown_or_the_engines_own_are_refused(
 @pytest.mark.parametrize("name", ["max_length", "max_new_tokens", "num_beams"])
 @pytest.mark.parametrize("value", [0, -1, 2.5, "3", True])
 def test_what_is_counted_must_be_at_least_one(registry: Any, name: str, value: Any) -> None:
-    text = rf"'{name}' must be a whole number of at least 1, got {value!r}\. Raise it"
+    text = rf"'{name}' must be a whole number of at least 1, got {value!r}\. Raise it, or leave"
     with pytest.raises(GenerationOptionError, match=text):
         toy_model(registry).ask(picture(), "What?", **{name: value})
 
@@ -301,7 +301,8 @@ def test_a_max_length_within_the_prompt_is_refused(registry: Any) -> None:
     held = len(two_pass.whole(model, prompt).embeds)
     with pytest.raises(
         GenerationOptionError,
-        match=rf"'max_length' .*{held} tokens.* at least {held + 1}, got {held}\. Give 'max_new",
+        match=rf"generation option 'max_length' counts the prompt, which has {held} tokens, so it "
+        rf"must be at least {held + 1}, got {held}\. Give 'max_new",
     ):
         model.generate([prompt], max_length=held)
     # Where both are given, transformers goes by max_new_tokens, and so do we.

@@ -134,7 +134,9 @@ def test_a_system_message_of_the_config_stands_first(family: str) -> None:
 
 @pytest.mark.parametrize("question", ["", "  \n "])
 def test_an_empty_question_is_refused(question: str) -> None:
-    with pytest.raises(PromptError, match=r"the question is empty. Ask something"):
+    with pytest.raises(
+        PromptError, match=r"the question is empty. Ask something about the picture"
+    ):
         Prompt.ask(question, [PICTURE])
     with pytest.raises(PromptError, match=r"needs some text. Ask something"):
         Prompt.user(PICTURE, question)

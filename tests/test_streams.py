@@ -174,7 +174,7 @@ def test_a_damaged_tar_is_named_with_its_last_good_sample(
     tar.write_bytes(b"no tar file at all")
     with pytest.raises(DataError, match=r"no tar file after the beginning \(truncated header\)"):
         open_task(str(tar), None, registry).examples("all")
-    with pytest.raises(DataError, match=r"no such file: '.*none.tar'"):
+    with pytest.raises(DataError, match=r"no such file: '.*none.tar'. Give tar files"):
         open_task(str(tmp_path / "none.tar"), None, registry).examples("all")
     with pytest.raises(DataError, match="no such file: 'pipe:"):
         open_task("pipe:cat a.tar", None, registry).examples("all")

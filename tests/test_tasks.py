@@ -78,7 +78,7 @@ def test_an_odd_line_separator_inside_a_text_does_not_split_it(write: Any) -> No
         ('{"image": "a.png", "looks": ' + "9" * 5000 + "}", "not valid JSON"),
         (
             '{"image": "a.png", "question": "a\\ud83d", "answer": "b"}',
-            r"\\ud83d is half of a character",
+            r"\\ud83d is half of a character. Write both halves",
         ),
         (b'{"image": "a.png", "question": "\xff", "answer": "b"}', "is not UTF-8 text"),
     ],
@@ -109,7 +109,9 @@ def test_a_file_that_cannot_be_read_is_refused(write: Any, tmp_path: Path) -> No
     with pytest.raises(DataError, match="holds no examples"):
         write("", " ").examples()
     (tmp_path / "task.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match=r"task.jsonl' line 1 is not UTF-8 text"):
+    with pytest.raises(
+        DataError, match=r"task.jsonl' line 1 is not UTF-8 text \(.*\). Save it as UTF-8"
+    ):
         FileTask(tmp_path / "task.jsonl").examples()
     (tmp_path / "task.json").write_bytes(b"[\n\xff]")
     with pytest.raises(DataError, match=r"task.json' line 2 is not UTF-8 text"):
@@ -217,7 +219,9 @@ def test_a_task_that_fails_by_itself_is_not_blamed_on_its_options(tasks: Registr
 
 
 def test_a_name_too_long_for_a_file_is_an_unknown_task(tasks: Registry) -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown task 'x+': installed are .*sized"):
+    with pytest.raises(
+        UnknownNameError, match=r"unknown task 'x+': installed are .*sized.* Name one of them or"
+    ):
         open_task("x" * 5000, None, tasks)
     with pytest.raises(DataError, match=r"cannot be read \(File name too long\)"):
         open_task(f"{'x' * 5000}.jsonl", None, tasks).examples("all")

@@ -123,7 +123,7 @@ def test_it_imports_nothing_heavy(tmp_path: Path) -> None:
         ("task", "a\nb", (r"'a\nb' is no name",)),
         ("task", "ünder", ("'ünder' is no name",)),
         ("task", "x" * (LONGEST + 1), ("at most 24 characters long",)),
-        ("task", "ipn-dots", ("would make the package 'ipn-ipn-dots'", "(did you mean 'dots'?)")),
+        ("task", "ipn-dots", ("'ipn-' is put before every name (did you mean 'dots'?)",)),
         ("task", "class", ("'class' is a word of Python", "such as 'my-class'")),
         ("task", "none", ("'None' is a word of Python", "such as 'my-none'")),
         ("interaction", "interaction", ("a class 'Interaction'", "such as 'my-interaction'")),

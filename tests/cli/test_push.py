@@ -167,7 +167,9 @@ def test_a_card_that_is_there_is_kept(hub: Hub, trained: Path, ipn: Callable[...
 def test_what_cannot_be_pushed_is_refused(
     hub: Hub, trained: Path, ipn: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_refused(ipn("push", trained / "none", "me/asks"), "none' is no folder")
+    assert_refused(
+        ipn("push", trained / "none", "me/asks"), "none' is no folder. Give a checkpoint"
+    )
     run = trained.parent
     assert_refused(ipn("push", run, "me/asks"), f"'{run}' is a training. Push", f"'{trained}'")
     (run / "empty").mkdir()
