@@ -8,7 +8,7 @@ import json
 import keyword
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -87,15 +87,22 @@ class Package:
     def files(self) -> dict[str, str]:
         """Return the text of each file by its path in the package."""
         words = {**self._names, **self._described_words()}
+        words["training"] = self._filled("training.yaml", words).rstrip("\n")
         found = {}
-        for folder in (*self._described.folders, self.kind):
-            templates = files("ipn_core.scaffold").joinpath("templates", folder)
-            for place, target in _PLACES.items():
-                template = templates.joinpath(f"{place}.tmpl")
-                if template.is_file():
-                    text = template.read_text(encoding="utf-8")
-                    found[Template(target).substitute(words)] = Template(text).substitute(words)
+        for place, target in _PLACES.items():
+            text = self._filled(place, words)
+            if text:
+                found[Template(target).substitute(words)] = text
         return dict(sorted(found.items()))
+
+    def _filled(self, place: str, words: Mapping[str, str]) -> str:
+        """Return a template with its words; of several the nearest to the kind, none as empty."""
+        for folder in (self.kind, *reversed(self._described.folders)):
+            templates = files("ipn_core.scaffold").joinpath("templates", folder)
+            template = templates.joinpath(f"{place}.tmpl")
+            if template.is_file():
+                return Template(template.read_text(encoding="utf-8")).substitute(words)
+        return ""
 
     @property
     def _described(self) -> Kind:
@@ -123,6 +130,11 @@ class Package:
             "use": self.use,
             "after": Template(kind.after).substitute(self._names),
             "dependencies": ", ".join(json.dumps(need) for need in (core, *kind.requires)),
+            "tries": "".join(f", {json.dumps(need)}" for need in kind.tries),
+            **{
+                word: Template(text).substitute(self._names)
+                for word, text in (kind.training or {}).items()
+            },
             "preset": Template("\n".join(preset)).substitute(self._names),
         }
 

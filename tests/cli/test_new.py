@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,7 @@ from ipn_core.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 ODD_NAMES = ("a", "a1", "x" * (LONGEST - 4) + "-y-z")
-TEMPLATES = files("ipn_core.scaffold") / "templates"
-TRAINED = [kind for kind in KINDS if (TEMPLATES / kind / "train.yaml.tmpl").is_file()]
+TRAINED = [kind for kind in KINDS if "train.yaml" in Package(kind, "mine").files()]
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +228,9 @@ def test_its_project_is_what_pip_and_ipn_need(kind: str, made: dict[str, Path]) 
     needs = ["ipn-core>=0.1,<0.2"]
     needs += ["ipn-film"] if kind in ("requester", "injector") else []
     assert about["dependencies"] == needs
+    brought = {"attention": [], "backbone": ["ipn-film", "ipn-starter"]}
+    tries = brought.get(kind, ["ipn-llama", "ipn-starter"])
+    assert about["optional-dependencies"] == {"dev": ["pytest", "ruff", "mypy", *tries]}
     readme = (made[kind] / str(about["readme"])).read_text()
     assert f"    {Package(kind, f'made-{kind}').use}\n" in readme
 
@@ -250,6 +251,42 @@ def test_it_registers_its_name_and_its_training_reads(kind: str, made: dict[str,
         config = TrainConfig.parse(yaml.safe_load((made[kind] / "train.yaml").read_text()), "it")
         resolved = IPNConfig.resolve(config.model, registry, "model")
         assert name in json.dumps(resolved.model_dump())
+
+
+def test_trainings_name_what_they_need(made: dict[str, Path]) -> None:
+    """Whoever installs a package with its extra `dev` can run the commands of its README."""
+    assert TRAINED == ["interaction", "perceiver", "requester", "injector", "backbone"]
+    registry = discover()
+    for kind in TRAINED:
+        about, config = project(made[kind]), yaml.safe_load((made[kind] / "train.yaml").read_text())
+        model, (data,) = config["model"], config["data"]
+        used = [("task", data["task"]), ("perceiver", model["encoder"])]
+        used += [("backbone", model["backbone"]["name"])] if kind != "backbone" else []
+        used += [("strategy", model["strategy"])] if model["strategy"] == "film" else []
+        needed = {registry.get(*one).plugin.distribution for one in used}
+        named = {*about["dependencies"], *about["optional-dependencies"]["dev"]}
+        assert needed <= named
+
+
+@pytest.mark.parametrize("kind", ["interaction", "perceiver", "requester", "injector"])
+def test_a_training_is_made_to_answer_in_words(kind: str, made: dict[str, Path]) -> None:
+    config = yaml.safe_load((made[kind] / "train.yaml").read_text())
+    assert config["model"]["prompt"]["template"].endswith("One word:{% endif %}")
+    stages = {stage["name"]: stage for stage in config["stages"]}
+    told = (made[kind] / "README.md").read_text()
+    assert "no more often than who guesses" in told
+    assert ("`film`, which looks for it" in told) == (kind in ("requester", "injector"))
+    assert stages["align"]["steps"] == 400
+    if kind == "perceiver":
+        assert stages["align"]["objectives"] == {"image-text": 1.0}
+        assert stages["instruct"]["objectives"] == {"language": 1.0}
+        return
+    assert stages["align"]["objectives"] == {"answer-embedding": 1.0}
+    assert stages["verbalise"]["objectives"] == {"verbalise": 1.0}
+    readable = {"name": "tokens", "start": "words", "lookup": 30}
+    own = kind == "injector"
+    assert config["model"]["inject"] == ({"name": "made-injector"} if own else readable)
+    assert ("request" in stages["align"]["train"]) == (kind == "requester")
 
 
 def test_it_is_clean_by_its_own_rules_whatever_the_name(
