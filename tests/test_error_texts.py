@@ -54,6 +54,7 @@ not valid JSON
 nothing names the image processor of a … give encoder preprocess image_processor_type
 pip's report cannot be read
 stop' must be a text or a list of at most
+the body is nested too deeply
 the processes find different saved states in … Choose with out a folder that all machines
 the weights in … cannot be read … Fetch them again
 there is no model in … no such folder

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from toys import toy_registry
 from ipn_core import benchmarking
 from ipn_core.benchmarking import Results, Row, Section
 from ipn_core.plugins import Registry
+from torture.render import total
 from torture.tally import Tally
 
 RESULTS = Path(__file__).parent / "results" / "counts.json"
 COMMAND = "make torture"
 ROWS = pytest.StashKey[dict[str, list[Row]]]()
 CHOSEN = pytest.StashKey[set[str]]()
+SECONDS = pytest.StashKey[dict[str, float]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Begin without a count."""
     config.stash[ROWS] = {}
     config.stash[CHOSEN] = set()
+    config.stash[SECONDS] = {}
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +69,16 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Callable[..., Tally]]:
         one.check()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """Count how long a section takes, with what it sets up."""
+    began = time.monotonic()
+    done = yield
+    seconds, section = item.config.stash[SECONDS], _section(item)
+    seconds[section] = seconds.get(section, 0.0) + time.monotonic() - began
+    return done
+
+
 def pytest_deselected(items: list[pytest.Item]) -> None:
     """Remember that a section is not counted as a whole."""
     for item in items:
@@ -83,9 +97,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     for name, rows in session.config.stash[ROWS].items():
         before = Results.read(path).sections if path.exists() else {}
         old = before.get(name) if by_name or name in session.config.stash[CHOSEN] else None
-        section = merged(rows, benchmarking.about("cpu", again), old)
+        taken = {"seconds": round(session.config.stash[SECONDS][name], 1)}
+        section = merged(rows, {**benchmarking.about("cpu", again), **taken}, old)
         path.parent.mkdir(parents=True, exist_ok=True)
         benchmarking.store(path, "any", name, section)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what came of the sections that were run."""
+    config = terminalreporter.config
+    names = config.stash[ROWS].keys()
+    if names:
+        sections = Results.read(config.getoption("--counts")).sections
+        terminalreporter.write_line(total({name: sections[name] for name in names}))
 
 
 def merged(rows: Sequence[Row], about: Mapping[str, Any], old: Section | None) -> Section:
@@ -101,6 +125,8 @@ def merged(rows: Sequence[Row], about: Mapping[str, Any], old: Section | None) -
     kept.update({row.name: row for row in rows})
     if old and stays and (first := str(old.about["day"]).split(" ")[0]) != about["day"]:
         about = {**about, "day": f"{first} to {about['day']}"}
+    if old and stays:  # the time of a part is not that of the whole
+        about = {**about, "seconds": old.about.get("seconds")}
     return Section(about=about, rows=tuple(kept.values()))
 
 
