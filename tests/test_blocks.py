@@ -5,6 +5,7 @@ Commands whose words stand for others (`IMAGE`, `[--json]`) are forms; what they
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -91,7 +92,7 @@ ELSEWHERE = {
         "tests/cli/test_bench_attention.py::test_what_a_model_computes_is_timed"
     ),
     "ipn bench attention --tune --backward --shape 5,576,8,64,16 --masking packed "
-    "--dtype bfloat16": "tests/cli/test_bench_attention.py::test_what_a_model_computes_is_timed",
+    "--dtype bfloat16": "tests/cli/test_bench_attention.py::test_tuning_keeps_the_fastest_for_auto",
     "ipn bench engine": "tests/cli/test_bench_engine.py::test_the_command_prints_rows_or_json",
     "ipn bench engine --only first-token": (
         "tests/cli/test_bench_engine.py::test_rows_are_chosen_by_name_or_by_what_they_begin_with"
@@ -151,6 +152,30 @@ ELSEWHERE = {
     "-m ipn_core.training CONFIG.yaml": LAUNCHED,
 }
 """Run by a test that is smaller or has what they need, with its own model, data and packages."""
+
+BRIEF = {"--model": "-m"}
+"""As which a test may write an option."""
+
+NOT_GIVEN = {
+    "test_the_command_asks_it": "--model",
+    "test_weights_are_pulled_once_into_the_cache": "models",
+    "test_what_a_model_computes_is_timed": "--tune",
+    "test_tuning_keeps_the_fastest_for_auto": "--shape",
+    "test_the_command_prints_rows_or_json": "--short",
+    "test_the_report_holds_what_was_found": "--out",
+    "test_some_of_the_arms_can_be_picked": "--arms --seeds --out",
+    "test_going_on_with_a_comparison_that_is_done_trains_nothing": "--out",
+    "test_a_dropped_picture_is_asked_and_the_map_follows_the_question": "demo",
+    "test_the_starter_is_served_until_it_is_told_to_end": "--model",
+    "test_the_command_writes_a_file_of_questions_and_says_what_is_wrong": "--limit",
+    "test_it_answers_and_scores_as_ipn_eval_does": "--include_path --tasks",
+    "test_accelerate_launch_gives_the_weights_of_one_process": (
+        "--num_processes --num_machines --machine_rank --main_process_ip --main_process_port "
+        "--use_fsdp --fsdp_version --fsdp_auto_wrap_policy"
+    ),
+}
+"""What tests above do not write of their commands, as a helper writes it or they call what the
+command calls; may become fewer."""
 
 INDEX = "ipn-core is on no package index yet; 'make setup' installs every extra from the checkout"
 LMMS_EVAL = "lmms-eval needs decoders and torchvision, and its pictures from a hub out of reach"
@@ -250,6 +275,36 @@ def test_the_tests_that_are_named_exist() -> None:
     for name in {*ELSEWHERE.values(), *OTHERS.values()}:
         file, test = name.split("::")
         assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), name
+
+
+def named(name: str) -> tuple[str, str]:
+    """The source of a test `file::function`, and that of its file."""
+    file, test = name.split("::")
+    text = (ROOT / file).read_text(encoding="utf-8")
+    (found,) = (
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.name == test
+    )
+    return ast.get_source_segment(text, found) or "", text
+
+
+def holds(text: str, word: str) -> bool:
+    return re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text) is not None
+
+
+def test_a_test_that_runs_a_command_elsewhere_gives_its_words() -> None:
+    lacking: dict[str, set[str]] = {}
+    for command, name in ELSEWHERE.items():
+        function, file = named(name)
+        words = shlex.split(command)
+        known = words[1:3] if words[1] in ("bench", "models") else words[1:2]
+        lacks = {w for w in known if words[0] == "ipn" and not holds(file, w)}
+        given = {word for word in words if word.startswith("--")}
+        lacks |= {o for o in given if not any(holds(function, w) for w in (o, BRIEF.get(o, o)))}
+        if lacks:
+            lacking.setdefault(name.split("::")[1], set()).update(lacks)
+    assert lacking == {test: set(words.split()) for test, words in NOT_GIVEN.items()}
 
 
 def test_every_file_of_a_page_belongs_to_a_package_that_is_tested() -> None:
