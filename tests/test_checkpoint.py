@@ -174,6 +174,11 @@ def test_weights_that_came_without_a_digest_are_read(registry: Any, saved: Path)
     assert load(registry, saved).strategy == "toy-both"
 
 
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"^there is no model in '.*none': no such folder\.$"):
+        checkpoint.strategies_of(tmp_path / "none")
+
+
 def test_a_link_that_leads_nowhere_is_refused(registry: Any, saved: Path) -> None:
     path = saved / "model.safetensors"
     path.unlink()

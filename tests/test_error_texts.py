@@ -43,24 +43,19 @@ have no config json that transformers can read
 holds no examples
 is no JSON
 is not UTF-8 text
-its checksum does not fit
 its entries are not those of its metadata
 its shape does not fit its grid
-model' must be a mapping
 no attention backend that auto' tries … See ipn doctor'
 no such file
 no such file … Give the path of a picture
 not valid JSON
 nothing names the image processor of a … give encoder preprocess image_processor_type
-pip's report cannot be read
 stop' must be a text or a list of at most
 the body is nested too deeply
 the processes find different saved states in … Choose with out a folder that all machines
 the weights in … cannot be read … Fetch them again
-there is no model in … no such folder
 there is nothing to write task … has no questions there
 this importer reads
-which can run code when loaded refused Convert them to safetensors first
 with another config so that going on would mix the two Use the same config or another fold
 """.strip().splitlines()
 """How messages begin of which a test holds only words that others have, too; may become fewer."""

@@ -179,8 +179,16 @@ def flip_grid(path: Path) -> None:
     path.write_bytes(content.replace(label.encode(), b"6 3 " + label[4:].encode()))
 
 
-@pytest.mark.parametrize("damage", [cut, empty, flip_value, flip_grid])
-def test_a_damaged_shard_is_named_and_made_again(tmp_path: Path, damage: Any) -> None:
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (cut, ""),
+        (empty, ""),
+        (flip_value, "its checksum does not fit"),
+        (flip_grid, "its checksum does not fit"),
+    ],
+)
+def test_a_damaged_shard_is_named_and_made_again(tmp_path: Path, damage: Any, why: str) -> None:
     some = pictures(3)
     first = opened(tmp_path)
     first.add(some)
@@ -192,6 +200,7 @@ def test_a_damaged_shard_is_named_and_made_again(tmp_path: Path, damage: Any) ->
     check(cache, some, keys)
     (note,) = told
     assert f"shard '{shard}' is damaged (" in note
+    assert f"{why}): it is removed" in note
     assert "\n" not in note
     check(cache, some, keys)  # those that were read before the damaged one are gone from the disk
     cache.flush()

@@ -19,7 +19,7 @@ from ipn_core.errors import CheckpointError, DownloadError, StageError, UnknownN
 from ipn_core.hooks import hookimpl
 from ipn_core.model import IPN
 from ipn_core.plugins import add_plugin, get_registry
-from ipn_core.pretrained import read_config
+from ipn_core.pretrained import read_config, refuse_pickles
 from ipn_core.testing.tiny import tiny_backbone, tiny_tokenizer
 from ipn_core.weights import Weights
 
@@ -189,3 +189,16 @@ def test_names_are_looked_up_where_the_model_was_told_to(tmp_path: Path) -> None
     model.perceiver.forward = lambda *_: 1 / 0
     with pytest.raises(StageError, match="stage perceive of plugin toys local failed: ZeroDiv"):
         model.ask(picture(), "What?")
+
+
+def test_pickled_weights_of_an_llm_are_refused_unless_safetensors_lie_beside(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.bin").write_bytes(b"")
+    with pytest.raises(
+        CheckpointError,
+        match=r"^LLM are pickled \(a.bin\), which can run code when loaded: refused. Convert them",
+    ):
+        refuse_pickles(tmp_path, "LLM")
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    refuse_pickles(tmp_path, "LLM")

@@ -58,6 +58,7 @@ JOINT = {"language": 1.0, "answer-embedding": 0.3}
         ({"steps": True}, {}, "'c.stages.0': steps must be a number, got true"),
         ({}, {"seed": 2**32}, "'c.seed': .*less than 4294967296, got 4294967296"),
         ({}, {"anew": ["interact"]}, "anew needs start_from"),
+        ({}, {"model": [1]}, "'c': 'model' must be a mapping"),
         ({}, {"stages": [stage("a", "language")] * 2}, "stages must have different names"),
     ],
 )

