@@ -206,6 +206,8 @@ NOT_RUN = {
     "ipn eval emoji-details --split test --batch-size 48 --model runs/details-rvii/model": HOURS,
     "python -m benchmarks.hops 0 1 2-early 2": HOURS,
     "python -m ipn_names.stamps": PHOTOGRAPHS,
+    "python plugins/ipn-names/train/connector.py": PHOTOGRAPHS,
+    "python plugins/ipn-names/train/connector.py --parts 7 --limit 40": PHOTOGRAPHS,
     "python plugins/ipn-names/train/proportions.py": PHOTOGRAPHS,
     "python plugins/ipn-names/train/sides.py": PHOTOGRAPHS,
     "ipn eval photo-stamps --model photo": PHOTOGRAPHS,
