@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from ipn_core.prompt import Prompt
 from ipn_core.templates import is_plain, render
 from ipn_core.testing.tiny import CHATML, tiny_backbone
 
-ROOT = Path(__file__).parents[1]
 TURNS = [
     {"role": "user", "content": "one", "image_first": True},
     {"role": "assistant", "content": "two", "image_first": False},
@@ -150,8 +150,12 @@ def test_the_templates_of_what_we_ship_are_plain() -> None:
 
     registry = get_registry()
     found = [one.load().TEMPLATE for one in registry.entries("backbone").values()]
-    for path in sorted(ROOT.glob("plugins/*/src/*/checkpoints/*/config.json")):
-        found.append(json.loads(path.read_text()).get("prompt", {}).get("template"))
+    for package in ("ipn_starter", "ipn_names"):
+        spec = find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        for path in sorted(Path(spec.origin).parent.glob("checkpoints/*/config.json")):
+            found.append(json.loads(path.read_text()).get("prompt", {}).get("template"))
     found = [template for template in found if template]
     assert len(found) >= 4
     assert all(map(is_plain, found))
