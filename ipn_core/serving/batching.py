@@ -72,9 +72,9 @@ class Batcher:
 
     @property
     def busy(self) -> bool:
-        """Whether a request waits or is being answered."""
+        """Whether a request waits or is being answered, and there is a thread that does it."""
         with self._changed:
-            return self._answering or self.depth > 0
+            return self._thread.is_alive() and (self._answering or self.depth > 0)
 
     @property
     def alive(self) -> bool:
@@ -134,9 +134,11 @@ class Batcher:
                 self._answering = bool(batch)
             if batch:
                 started = time.perf_counter()
-                self._answer(batch)
-                self._note(len(batch), time.perf_counter() - started)
-                self._answering = False
+                try:
+                    self._answer(batch)
+                    self._note(len(batch), time.perf_counter() - started)
+                finally:
+                    self._answering = False
 
     def _wait_for_more(self) -> None:
         until = time.monotonic() + self.patience_s

@@ -111,12 +111,13 @@ class Body:
     """The body of one request.
 
     Attributes:
+        begun: whether its sender was heard, or told to go on who asks that first.
         whole: whether it was heard to its end.
     """
 
     def __init__(self, request: Request, intake: Intake) -> None:
         self._request, self._intake = request, intake
-        self.whole = False
+        self.begun = self.whole = False
 
     async def read(self) -> bytearray:
         """Return all of it.
@@ -156,6 +157,7 @@ class Body:
                     left -= len(await asyncio.wait_for(self._piece(), _SILENT_S))
 
     async def _piece(self) -> bytes:
+        self.begun = True  # what asks first whether to send is told to go on by this
         message = await self._request.receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
@@ -182,6 +184,7 @@ class _Early(Response):
         start = {"type": "http.response.start", "status": self.status_code}
         await send({**start, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": bytes(self.body), "more_body": True})
-        if b"expect" not in dict(scope["headers"]):  # who asks first sends nothing after a refusal
+        # Who asks first, and is refused at once, sends nothing.
+        if self._rest.begun or b"expect" not in dict(scope["headers"]):
             await self._rest.drop()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -54,6 +54,7 @@ class Limits:
     Attributes:
         body: bytes of its JSON.
         seconds: in which its JSON must have come.
+        messages: of a conversation.
         pictures: of all messages together.
         pixels: width × height, of all pictures together.
         tokens: of an answer; also what an answer has at most if it does not say.
@@ -61,6 +62,7 @@ class Limits:
 
     body: int = 20_000_000
     seconds: float = 60.0
+    messages: int = 1_000
     pictures: int = 8
     pixels: int = MAX_PIXELS
     tokens: int = 256
@@ -158,6 +160,12 @@ def read_request(body: Any, model: str, limits: Limits) -> Asked:
 def _prompt(messages: Any, limits: Limits) -> Prompt:
     if not isinstance(messages, list) or not messages:
         raise RequestError("'messages' must be a list of at least one message.", param="messages")
+    if len(messages) > limits.messages:
+        raise RequestError(
+            f"the conversation has {len(messages):,} messages; at most {limits.messages:,} are "
+            "accepted. Leave out the earliest ones.",
+            param="messages",
+        )
     turns = tuple(_turn(message, f"messages[{i}]") for i, message in enumerate(messages))
     prompt = Prompt(turns)
     if turns[-1].role != "user" or not turns[-1].text.strip():
@@ -348,4 +356,4 @@ def error_body(
 
 def _sayable(text: str) -> str:
     # JSON may hold halves of characters, which nothing can be encoded with.
-    return _short(text, _MOST_SAID).encode("utf-8", "backslashreplace").decode()
+    return _short(text.encode("utf-8", "backslashreplace").decode(), _MOST_SAID)

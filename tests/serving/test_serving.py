@@ -148,6 +148,9 @@ def told_of(url: str) -> list[object]:
     return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
 
 
+MANY = (
+    "the conversation has 1,001 messages; at most 1,000 are accepted. Leave out the earliest ones."
+)
 REFUSED = [
     ({"messages": []}, 400, "at least one message"),
     ({"messages": [{"role": "user", "content": "  "}]}, 400, "with some text"),
@@ -158,6 +161,9 @@ REFUSED = [
     ({"messages": told_of("\ud800")}, 400, "addresses are not fetched. Got '\\ud800'"),
     ({"\ud800": 1}, 400, "'\\ud800' is not served. Served are"),
     ({"x" * 100_000: 1}, 400, f"'{'x' * 40}…' is not served. Served are"),
+    ({"\ud800" * 100_000: 1}, 400, "\\ud800" * 40 + "…' is not served. Served are"),
+    ({"messages": [{"role": "user", "content": "a"}] * 1_001}, 400, MANY),
+    ({"messages": [{"role": "user", "content": "a"}] * 20_000}, 400, "has 20,000 messages"),
     ({"model": "x" * 100_000}, 404, "unknown model 'xxx"),
     ({"max_completion_tokens": 0}, 400, "'max_completion_tokens' must be a whole number from 1"),
     ({"messages": [{"role": "user", "content": 3}]}, 400, "a text or a list of parts"),
@@ -210,6 +216,7 @@ def test_what_is_wrong_is_refused_by_name(
     if status != 200:
         assert text in answer["error"]["message"]
         assert len(answer["error"]["message"]) < 1_100
+        assert len(answer["error"]["param"] or "") < 1_100
         assert answer["error"]["type"] == "invalid_request_error"
 
 

@@ -88,3 +88,23 @@ def test_who_does_not_read_the_answer_does_not_keep_the_server_from_ending(model
             time.sleep(0.4)
             assert served.server.server_state.connections, "it has all of the answer"
             served.ended()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("where", ["_answer", "_note", "_take"])
+def test_a_thread_that_has_died_does_not_keep_the_server_from_ending(
+    model: IPN, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def die(*_: object) -> None:
+        raise ZeroDivisionError
+
+    content = json.dumps(body()).encode()
+    with serving(model) as served, connection(served) as one:
+        served.server.grace_s = 0.2
+        batcher = served.service.batcher
+        monkeypatch.setattr(batcher, where, die)
+        one.sendall(head(len(content)) + content)
+        wait_for(lambda: not batcher.alive)
+        assert not batcher.busy
+        served.server.should_exit = True
+        served.ended()

@@ -124,17 +124,23 @@ def test_a_large_body_is_refused_before_it_is_read(model: IPN) -> None:
         assert (status, answer["error"]["message"]) == (413, TOO_LARGE)
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_who_sends_all_of_a_large_body_can_read_why_it_is_refused(model: IPN, known: bool) -> None:
+@pytest.mark.parametrize("how", ["of a known length", "chunked", "chunked, once told to go on"])
+def test_who_sends_all_of_a_large_body_can_read_why_it_is_refused(model: IPN, how: str) -> None:
     limit = 2_000_000
     pieces = [b"x" * 100_000] * 70  # more than the system keeps for a reader who does not read
     with serving(model, limits=Limits(body=limit)) as served:
         for _ in range(3):
             with connection(served) as one:
-                if known:
+                if how == "of a known length":
                     one.sendall(head(7_000_000, connection="close") + b"".join(pieces))
                 else:
-                    one.sendall(head(connection="close", transfer_encoding="chunked"))
+                    asks = {"expect": "100-continue"} if "told" in how else {}
+                    one.sendall(head(connection="close", transfer_encoding="chunked", **asks))
+                    if asks:
+                        told = b""
+                        while not told.endswith(b"\r\n\r\n"):
+                            told += one.recv(1)
+                        assert told.startswith(b"HTTP/1.1 100 ")
                     one.sendall(b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces))
                     one.sendall(b"0\r\n\r\n")
                 status, answer = reply(one)
