@@ -13,7 +13,7 @@ import typer
 
 from ipn_core.cli.completing import installed
 from ipn_core.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Interact, Model
-from ipn_core.errors import DataError, PluginError
+from ipn_core.errors import DataError, IPNError
 
 if TYPE_CHECKING:
     from ipn_core.demo.pictures import Sample
@@ -62,15 +62,14 @@ def demo(
 
             from ipn_core.checkpoint import open_source
             from ipn_core.demo.app import create_app
-            from ipn_core.demo.pictures import copy_samples
             from ipn_core.demo.strategies import Strategies
             from ipn_core.demo.visits import Visits
 
             registry = get_registry()
-            beside = _beside(model, registry)
-            samples += [s for one in beside for s in copy_samples(one, folder, beside=True)]
-            source, others = open_source(model, registry), [one.name for one in beside]
-            strategies = Strategies(first, source, registry, others)
+            source = open_source(model, registry)
+            beside = _beside(model, registry, (first.strategy, *source.strategies))
+            samples += _samples_beside(beside, registry, folder)
+            strategies = Strategies(first, source, registry, [one.name for one in beside])
             app = create_app(
                 Visits(strategies),
                 samples=samples,
@@ -113,16 +112,46 @@ def _weights(model: str, registry: Registry) -> Weights | None:
     return known[model].load() if model in known else None
 
 
-def _beside(model: str, registry: Registry) -> list[Weights]:
-    """Return the known models that answer beside a known one: those that nothing is fetched for."""
+def _beside(model: str, registry: Registry, own: Sequence[str] = ()) -> list[Weights]:
+    """Return the known models that answer beside a known one: those that nothing is fetched for.
+
+    Args:
+        model: the known one.
+        registry: where the others are looked up.
+        own: names of its strategies, which stand for these alone.
+    """
     known = registry.entries("weights")
     found: list[Weights] = []
     for name, one in known.items() if model in known else ():
-        # A plugin that is broken is no reason to have no page; `ipn plugins` tells of it.
-        with contextlib.suppress(PluginError):
-            if name != model and one.load().knows and one.load().present():
+        with _going_on(f"model '{name}' is not offered"), one.running("present"):
+            if name not in (model, *own) and one.load().knows and one.load().present():
                 found.append(one.load())
     return found
+
+
+def _samples_beside(beside: Sequence[Weights], registry: Registry, folder: Path) -> list[Sample]:
+    """Write the pictures that go with the models beside the page's own."""
+    from ipn_core.demo.pictures import copy_samples
+
+    found: list[Sample] = []
+    for one in beside:
+        with (
+            _going_on(f"model '{one.name}' is offered without its pictures"),
+            registry.get("weights", one.name).running("pictures"),
+        ):
+            found += copy_samples(one, folder, beside=True)
+    return found
+
+
+@contextlib.contextmanager
+def _going_on(without: str) -> Iterator[None]:
+    """Tell of a plugin that is broken, which is no reason to have no page."""
+    from ipn_core.cli.terminal import note
+
+    try:
+        yield
+    except IPNError as error:
+        note(f"{without}: {error}")
 
 
 def _known(model: str, own: Sequence[str], beside: Sequence[Weights], registry: Registry) -> str:

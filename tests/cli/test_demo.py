@@ -12,11 +12,12 @@ from command_line import Run, assert_refused
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 
-from ipn_core.cli.demo import _beside, _known, _samples
+from ipn_core.cli.demo import _beside, _known, _samples, _samples_beside
 from ipn_core.demo.pictures import copy_samples
 from ipn_core.hooks import hookimpl
-from ipn_core.plugins import Registrar, add_plugin, discover, get_registry
+from ipn_core.plugins import Registrar, Registry, add_plugin, discover, get_registry
 from ipn_core.testing.browser import served_demo
+from ipn_core.weights import Report, Weights
 
 HOPPER = get_sample_data("grace_hopper.jpg", asfileobj=False)
 
@@ -134,7 +135,9 @@ def test_a_model_whose_weights_are_not_here_is_not_offered(
     assert _beside("starter", get_registry()) == []
 
 
-def test_a_broken_plugin_does_not_keep_the_page_from_opening() -> None:
+def test_a_broken_plugin_does_not_keep_the_page_from_opening(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     class Broken:
         @hookimpl
         def register(self, registry: Registrar) -> None:
@@ -144,6 +147,74 @@ def test_a_broken_plugin_does_not_keep_the_page_from_opening() -> None:
     add_plugin(registry, "broken", Broken())
     assert "broken" in registry.entries("weights")
     assert "broken" not in [one.name for one in _beside("starter", registry)]
+    said = capsys.readouterr().err
+    assert "model 'broken' is not offered: weights 'broken' of broken" in said
+    assert "cannot be imported from 'no_such_module:WEIGHTS'" in said
+
+
+class Foreign(Weights):
+    """What a stranger's plugin brings."""
+
+    name, description, license, size_bytes, knows = "foreign", "x", "MIT", 1, "maps"
+
+    def __init__(self, raises: str = "") -> None:
+        self.raises = raises
+
+    def present(self) -> bool:
+        if self.raises == "present":
+            raise ZeroDivisionError("present is broken")
+        return True
+
+    def pictures(self) -> list[tuple[Path, str]]:
+        if self.raises == "pictures":
+            raise ZeroDivisionError("pictures is broken")
+        return [(Path(HOPPER), "Who?")]
+
+    def fetch(self, report: Report) -> None:
+        raise NotImplementedError
+
+
+def with_foreign(raises: str = "") -> Registry:
+    class Plugin:
+        @hookimpl
+        def register(self, registry: Registrar) -> None:
+            registry.weights("foreign", Foreign(raises))
+
+    registry = discover()
+    add_plugin(registry, "foreign", Plugin())
+    return registry
+
+
+@pytest.mark.parametrize(
+    ("raises", "offered", "note"),
+    [
+        ("present", False, "model 'foreign' is not offered: weights 'foreign' of plugin foreign"),
+        ("pictures", True, "model 'foreign' is offered without its pictures: weights 'foreign' of"),
+    ],
+)
+def test_a_plugin_whose_weights_raise_does_not_keep_the_page_from_opening(
+    raises: str, offered: bool, note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry = with_foreign(raises)
+    beside = [one for one in _beside("starter", registry) if one.name == "foreign"]
+    assert bool(beside) == offered
+    assert _samples_beside(beside, registry, tmp_path) == []
+    said = capsys.readouterr().err
+    assert note in said
+    assert f"failed in {raises}: ZeroDivisionError: {raises} is broken" in said
+
+
+def test_a_model_that_is_called_as_an_own_strategy_is_not_offered_nor_are_its_pictures(
+    tmp_path: Path,
+) -> None:
+    registry = with_foreign()
+
+    def pictures(own: tuple[str, ...]) -> list[str | None]:
+        beside = _beside("starter", registry, own)
+        return [one.model for one in _samples_beside(beside, registry, tmp_path)]
+
+    assert "foreign" in pictures(("rvii",))
+    assert "foreign" not in pictures(("rvii", "foreign"))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -205,9 +206,59 @@ def test_what_cannot_fetch_them_is_told_with_another_way(
 def test_a_package_that_has_other_folders_is_told(
     commands: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    command(commands, "apt-get", ": > ${2}_1_all.deb")
-    command(commands, "dpkg-deb", "exit 0")
+    command(commands, "apt-get", ": > ${2}_2_all.deb")
+    folders = " ".join(f"$3/{INSIDE}/{name}" for name in FOLDERS[1:-1])
+    command(commands, "dpkg-deb", f"/bin/mkdir -p {folders}")
     assert main() == 1
-    assert "cannot be put into" in (told := capfd.readouterr().err)
-    assert "No such file or directory. Name another folder" in told
+    (told,) = capfd.readouterr().err.splitlines()
+    assert told.endswith(
+        "cannot be fetched: 'tuxpaint-stamps-default_2_all.deb' has no animals, vehicles in "
+        f"{INSIDE}. Fetch and unpack another version of that package yourself, and name the folder "
+        f"{INSIDE} of it in IPN_STAMPS."
+    )
+    assert not (tmp_path / "cache" / "stamps").exists()
+
+
+@pytest.mark.parametrize(("lines", "count"), [("exit 0", 0), (": > ${2}_1.deb; : > ${2}_2.deb", 2)])
+def test_no_package_or_two_are_told(
+    commands: Path, capfd: pytest.CaptureFixture[str], lines: str, count: int
+) -> None:
+    command(commands, "apt-get", lines)
+    assert main() == 1
+    (told,) = capfd.readouterr().err.splitlines()
+    assert (
+        f"apt-get brought {count} files 'tuxpaint-stamps-default_….deb' where one is due. Fetch "
+        "and unpack that package yourself"
+    ) in told
+
+
+def test_a_command_that_may_not_be_run_is_told(
+    commands: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command(commands, "apt-get", "exit 0")
+    (commands / "apt-get").chmod(0o644)
+    assert main() == 1
+    (told,) = capfd.readouterr().err.splitlines()
+    assert "cannot be fetched: apt-get cannot be started: Permission denied. Fetch and" in told
+
+
+def test_a_cache_that_cannot_be_written_is_told(
+    commands: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    command(commands, "apt-get", ": > ${2}_1_all.deb")
+    folders = " ".join(f"$3/{INSIDE}/{name}" for name in FOLDERS)
+    command(commands, "dpkg-deb", f"/bin/mkdir -p {folders}")
+    monkeypatch.setattr("shutil.move", full)
+    assert main() == 1
+    (told,) = capfd.readouterr().err.splitlines()
+    assert "cannot be put into" in told
+    assert told.endswith(
+        "No space left on device. Name another folder for what is fetched in IPN_CACHE."
+    )
     assert not (tmp_path / "cache" / "stamps").exists()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from ipn_starter.weights import SMOLLM2, STARTER
+from ipn_starter.weights import SMOLLM2, STARTER, Packaged
 
 from ipn_core import IPN
 from ipn_core.checkpoint import strategies_of
@@ -28,6 +28,10 @@ def test_each_strategy_takes_at_most_20_mb():
     assert list(checkpoints) == ["rvii", "static"]
     for folder in checkpoints.values():
         assert sum(f.stat().st_size for f in folder.iterdir()) <= 20 * MEGABYTE
+
+
+def test_weights_of_plugins_written_before_need_not_say_what_they_know(tmp_path):
+    assert Packaged("mine", "what they are", tmp_path, "emoji-scenes").knows == ""
 
 
 @pytest.mark.weights

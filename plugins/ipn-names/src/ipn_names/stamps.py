@@ -275,7 +275,8 @@ def fetch() -> Path:
     """Fetch the package with apt-get and unpack its stamps; returns their folder.
 
     Raises:
-        DownloadError: there is no apt-get or dpkg-deb, one of them failed, or the cache is full.
+        DownloadError: there is no apt-get or dpkg-deb, one of them failed, what it brought is not
+            what it was, or the cache is full.
     """
     target = cache_dir() / "stamps"
     if target.is_dir():
@@ -283,8 +284,16 @@ def fetch() -> Path:
     make_folder(target.parent)
     with tempfile.TemporaryDirectory() as work:
         _run("apt-get", "download", PACKAGE, folder=work)
-        (archive,) = Path(work).glob(f"{PACKAGE}_*.deb")
-        _run("dpkg-deb", "-x", str(archive), work, folder=work)
+        archives = sorted(Path(work).glob(f"{PACKAGE}_*.deb"))
+        if len(archives) != 1:
+            raise _failed(
+                f"apt-get brought {len(archives)} files '{PACKAGE}_….deb' where one is due"
+            )
+        _run("dpkg-deb", "-x", str(archives[0]), work, folder=work)
+        missing = [name for name in FOLDERS if not (Path(work) / INSIDE / name).is_dir()]
+        if missing:
+            reason = f"'{archives[0].name}' has no {', '.join(missing)} in {INSIDE}"
+            raise _failed(reason, "another version of that package")
         try:
             with atomic_folder(target) as building:
                 for folder in FOLDERS:
@@ -304,13 +313,19 @@ def _run(*words: str, folder: str) -> None:
         subprocess.run(words, cwd=folder, check=True, stdout=sys.stderr)
     except FileNotFoundError:
         reason = f"there is no {words[0]} here"
+    except OSError as error:
+        reason = f"{words[0]} cannot be started: {error.strerror or error}"
     except subprocess.CalledProcessError as error:
         reason = f"'{' '.join(words)}' ended with code {error.returncode}"
     else:
         return
-    raise DownloadError(
+    raise _failed(reason)
+
+
+def _failed(reason: str, which: str = "that package") -> DownloadError:
+    return DownloadError(
         f"the photographs of Debian's package {PACKAGE} cannot be fetched: {reason}. Fetch and "
-        f"unpack that package yourself, and name the folder {INSIDE} of it in IPN_STAMPS."
+        f"unpack {which} yourself, and name the folder {INSIDE} of it in IPN_STAMPS."
     )
 
 

@@ -70,7 +70,7 @@ class Packaged(Weights):
     license = "Apache-2.0"
 
     def __init__(
-        self, name: str, description: str, folder: Path, examples: str, knows: str
+        self, name: str, description: str, folder: Path, examples: str, knows: str = ""
     ) -> None:
         """Name them.
 
@@ -79,7 +79,7 @@ class Packaged(Weights):
             description: one line for `ipn models list`.
             folder: the packaged checkpoint, or one folder for each strategy.
             examples: the task whose pictures it knows.
-            knows: what these are, in a word.
+            knows: what these are, in a word; without it `ipn demo` offers it beside no other.
         """
         self.name = name
         self.description = description
