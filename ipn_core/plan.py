@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from ipn_core.config import PromptConfig
-from ipn_core.errors import PromptError
+from ipn_core.errors import IPNError, PromptError
 from ipn_core.prompt import Ids, LookAgain, Prompt, Shown, Text, Turn
 from ipn_core.templates import render
 
@@ -279,6 +279,8 @@ class Planner:
         try:
             return self._rendered(messages, continues)
         except Exception as error:  # a checkpoint's template may do whatever its sandbox lets it
+            if isinstance(error, IPNError) and not isinstance(error, PromptError):
+                raise  # the template is not to blame
             said = str(error).rstrip(".") or type(error).__name__
             raise PromptError(
                 f"the chat template refuses these turns: {said}. Set 'prompt.template' to one that "

@@ -10,16 +10,17 @@ once, when it is first needed, and ends with this one.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from ipn_core.errors import PromptError
+from ipn_core.errors import IPNError, PromptError
 
 if TYPE_CHECKING:
     from jinja2 import nodes
@@ -31,16 +32,36 @@ LIMIT_S = 5.0
 """Seconds of CPU time that the process may take for one text."""
 LIMIT_BYTES = 1 << 30
 """Its address space; importing what it needs takes a fifth of it."""
+LIMIT_WAIT_S = 60.0
+"""Seconds by the clock for one text, and for the start; Windows bounds no CPU time."""
 LIMIT_TEXT = 1_000_000
-"""Characters that it may write."""
+"""Characters that a template may write for a dialogue, or `LIMIT_TURN` a turn if that is more."""
+LIMIT_TURN = 1_000
+LIMIT_REASON = 1_000
+"""Characters of an error that a template may raise."""
 LIMIT_PLAIN = 20_000
 """Characters of a template that is rendered here; published ones have hundreds or thousands."""
+LIMIT_HERE = 5_000_000
+"""Its length times the turns, for the same."""
+LIMIT_TOKEN = 200
+"""Characters of a special token, for the same: it comes from the checkpoint, as the template."""
 
 PLAIN = {
     *("Template", "Output", "TemplateData", "Const", "Name", "For", "If", "CondExpr"),
     *("Compare", "Operand", "Getattr", "Getitem", "Add", "And", "Or", "Not"),
 }
 """What Jinja calls the parts of which a plain template is made."""
+COLLECTIONS = {"messages", "tools", "documents"}
+"""Names of what may be long: a plain template takes single entries of it, or goes through turns."""
+
+PASSED = {
+    *("PATH", "HOME", "USERPROFILE", "HOMEDRIVE", "HOMEPATH", "APPDATA", "LOCALAPPDATA"),
+    *("SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "PATHEXT", "TMP", "TEMP", "TMPDIR"),
+    *("LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "HF_HOME", "XDG_CACHE_HOME"),
+    *("LANG", "LANGUAGE", "TZ"),
+}
+"""Environment variables that the process is given; the rest, as tokens of services, is not its."""
+PASSED_STARTS = ("PYTHON", "LC_", "DYLD_")
 
 
 def render(
@@ -59,10 +80,11 @@ def render(
 
     Raises:
         PromptError: it takes more time or memory than it may, or writes more.
+        IPNError: the process that is to render it does not start.
         Exception: whatever the template raises, if it is plain.
     """
-    if is_plain(template):
-        return str(
+    if _is_small(tokenizer, template, messages):
+        text = str(
             tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 chat_template=template,
@@ -70,6 +92,9 @@ def render(
                 add_generation_prompt=continues,
             )
         )
+        if refused := _too_long(text, len(messages)):
+            raise PromptError(refused)
+        return text
     question = {
         **tokenizer.special_tokens_map,
         "conversations": [[dict(message) for message in messages]],
@@ -77,6 +102,26 @@ def render(
         "add_generation_prompt": continues,
     }
     return _PROCESS.ask(json.dumps(question, default=str))
+
+
+def _is_small(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether what the template writes is short enough for this process."""
+    tokens = tokenizer.special_tokens_map.values()
+    return (
+        is_plain(template)
+        and len(template) * len(messages) <= LIMIT_HERE
+        and all(len(str(token)) <= LIMIT_TOKEN for token in tokens)
+    )
+
+
+def _too_long(text: str, turns: int) -> str:
+    """Return why a text is refused, or nothing."""
+    allowed = max(LIMIT_TEXT, LIMIT_TURN * turns)
+    if len(text) <= allowed:
+        return ""
+    return f"it writes {len(text):,} characters; {allowed:,} are allowed"
 
 
 @lru_cache(maxsize=64)
@@ -88,21 +133,26 @@ def is_plain(template: str) -> bool:
         return False
     try:
         return _plain(Environment().parse(template), looping=False)
-    except (TemplateSyntaxError, RecursionError):
-        return False  # also what only transformers' own environment can read
+    except (TemplateSyntaxError, RecursionError, ValueError):
+        # Also what only transformers' own environment can read; Python refuses longest integers.
+        return False
 
 
 def _plain(node: nodes.Node, looping: bool) -> bool:
-    from jinja2.nodes import For, Name
+    from jinja2.nodes import For, Getattr, Getitem, Name
 
-    if type(node).__name__ not in PLAIN:
+    if type(node).__name__ not in PLAIN or (isinstance(node, Name) and node.name in COLLECTIONS):
         return False
+    inside = list(node.iter_child_nodes())
     if isinstance(node, For):
         turns = isinstance(node.iter, Name) and node.iter.name == "messages"
         if looping or node.recursive or not turns:
             return False
+        inside.remove(node.iter)
         looping = True
-    return all(_plain(child, looping) for child in node.iter_child_nodes())
+    elif isinstance(node, (Getattr, Getitem)) and isinstance(node.node, Name):
+        inside.remove(node.node)
+    return all(_plain(child, looping) for child in inside)
 
 
 class _Process:
@@ -124,19 +174,16 @@ class _Process:
         """
         with self._lock:
             child = self._running()
-            assert child.stdin is not None
-            assert child.stdout is not None
             try:
-                child.stdin.write(question + "\n")
-                child.stdin.flush()
-                answer = child.stdout.readline()
-            except BrokenPipeError:
-                answer = ""
+                with _ending(child) as late:
+                    answer = _said(child, question)
             except BaseException:
                 self.end()  # the next one would read the answer to this one
                 raise
+            if late.is_set():
+                self.end()
             if not answer:
-                raise PromptError(_ended(child.wait()))
+                raise PromptError(_ended(child.wait(), late.is_set()))
         found: dict[str, str] = json.loads(answer)
         if "refused" in found:
             raise PromptError(found["refused"])
@@ -153,19 +200,38 @@ class _Process:
         if self._child is None or self._child.poll() is not None:
             self.end()
             code = "from ipn_core.templates import answer_templates; answer_templates()"
-            self._child = subprocess.Popen(
-                # -P: modules in the folder that the user happens to stand in are not imported.
-                [sys.executable, "-P", "-c", code, str(LIMIT_S), str(LIMIT_BYTES)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                # Threads that it does not need would take address space.
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                encoding="utf-8",
-                # Ctrl-C is for this process, which then ends that one.
-                start_new_session=os.name == "posix",
-            )
+            try:
+                self._child = subprocess.Popen(
+                    # -P: modules in the folder that the user stands in are not imported.
+                    [sys.executable, "-P", "-c", code, str(LIMIT_S), str(LIMIT_BYTES)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env=_environment(),
+                    encoding="utf-8",
+                    # Ctrl-C is for this process, which then ends that one.
+                    start_new_session=os.name == "posix",
+                )
+            except OSError as error:
+                raise _not_started(str(error)) from None
+            try:
+                self._wait_for(self._child)
+            except BaseException:
+                self.end()
+                raise
         return self._child
+
+    @staticmethod
+    def _wait_for(child: subprocess.Popen[str]) -> None:
+        """Return when it is ready for questions, or say why it is not."""
+        with _ending(child) as late:
+            first = _said(child)
+        if late.is_set():
+            raise _not_started(f"it takes longer than {LIMIT_WAIT_S:g} s")
+        if not first:
+            raise _not_started(f"it ended with exit code {child.wait()}")
+        if refused := json.loads(first).get("refused"):
+            raise _not_started(refused)
 
     def _forget(self) -> None:
         self._child, self._lock = None, threading.Lock()
@@ -174,9 +240,60 @@ class _Process:
 _PROCESS = _Process()
 
 
-def _ended(code: int) -> str:
+@contextlib.contextmanager
+def _ending(child: subprocess.Popen[str]) -> Iterator[threading.Event]:
+    """End a process that is not done by the clock, and set what is returned if so."""
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        child.kill()
+
+    timer = threading.Timer(LIMIT_WAIT_S, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
+        timer.join()  # it may be about to end what has answered
+
+
+def _said(child: subprocess.Popen[str], question: str = "") -> str:
+    """Return the next line of a process, after a question if there is one; nothing if it ended."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        if question:
+            child.stdin.write(question + "\n")
+            child.stdin.flush()
+        return child.stdout.readline()
+    except OSError:  # a broken pipe, which Windows calls otherwise
+        return ""
+
+
+def _environment() -> dict[str, str]:
+    passed = {
+        name: value
+        for name, value in os.environ.items()
+        if name.upper() in PASSED or name.upper().startswith(PASSED_STARTS)
+    }
+    # Threads that it does not need would take address space.
+    return {**passed, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def _not_started(reason: str) -> IPNError:
+    return IPNError(
+        f"the process that renders chat templates did not start: {reason.rstrip('.')}. "
+        "See 'ipn doctor'."
+    )
+
+
+def _ended(code: int, late: bool) -> str:
     import signal
 
+    if late:
+        return f"rendering takes longer than {LIMIT_WAIT_S:g} s by the clock"
     if code == -getattr(signal, "SIGPROF", 0):
         return f"rendering takes longer than {LIMIT_S:g} s"
     return f"the process that rendered it ended with exit code {code}"
@@ -194,9 +311,13 @@ def answer_templates() -> None:
     os.dup2(2, 1)  # nothing else may stand among the answers
     # Two thirds of the time of the imports, and none of it is needed.
     sys.modules["torch"] = None  # type: ignore[assignment]
-    from transformers.utils.chat_template_utils import render_jinja_template
-
+    try:
+        from transformers.utils.chat_template_utils import render_jinja_template
+    except Exception as error:  # an import may raise anything
+        _tell(answers, {"refused": f"{type(error).__name__}: {error}"[:LIMIT_REASON]})
+        return
     _bound(size)
+    _tell(answers, {"text": "ready"})
     timer = getattr(signal, "setitimer", None)
     for line in sys.stdin:
         question = json.loads(line)
@@ -205,8 +326,12 @@ def answer_templates() -> None:
         answer = _rendered(render_jinja_template, question)
         if timer:
             timer(signal.ITIMER_PROF, 0)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        _tell(answers, answer)
+
+
+def _tell(answers: TextIO, answer: dict[str, str]) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
 
 
 def _bound(size: int) -> None:
@@ -220,7 +345,9 @@ def _bound(size: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     least = size if hard == resource.RLIM_INFINITY else min(size, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (least, hard))
+    # macOS often refuses it; a template is still bounded in time.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (least, hard))
 
 
 def _rendered(rendering: Any, question: dict[str, Any]) -> dict[str, str]:
@@ -230,7 +357,15 @@ def _rendered(rendering: Any, question: dict[str, Any]) -> dict[str, str]:
     except MemoryError:
         return {"refused": "rendering takes more memory than a template may have"}
     except Exception as error:  # a template may raise whatever its sandbox lets it
-        return {"refused": str(error) or type(error).__name__}
-    if len(text) > LIMIT_TEXT:
-        return {"refused": f"it writes {len(text):,} characters; {LIMIT_TEXT:,} are allowed"}
-    return {"text": text}
+        return {"refused": _reason(error)}
+    refused = _too_long(text, len(question["conversations"][0]))
+    return {"refused": refused} if refused else {"text": text}
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's text, the end left out if a template made it long."""
+    try:
+        said = str(error) or type(error).__name__
+    except MemoryError:
+        said = type(error).__name__
+    return said if len(said) <= LIMIT_REASON else said[: LIMIT_REASON - 1] + "…"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 
 from ipn_core import templates
 from ipn_core.config import Layout, PromptConfig
-from ipn_core.errors import PromptError
+from ipn_core.errors import IPNError, PromptError
 from ipn_core.plan import Planner
 from ipn_core.prompt import Prompt
 from ipn_core.templates import is_plain, render
@@ -70,6 +71,7 @@ TOO_MUCH = {
     "{% set n = namespace(x='xxxxxxxx') %}{% for a in range(40) %}{% set n.x = n.x ~ n.x %}"
     "{% endfor %}": MEMORY,
     "{{ 'x'.center(2000000) }}": "it writes 2,000,003 characters; 1,000,000 are allowed",
+    "{{ raise_exception('x' * 10000000) }}": "x" * 999 + "…",
     "{{ 10 ** (10 ** 9) }}": "rendering takes longer than 0.5 s",
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": (
         "rendering takes longer than 0.5 s"
@@ -139,10 +141,155 @@ def test_an_error_without_a_text_has_a_reason(
         "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
         "x" * 20_001,
         "{{",
+        "{% for m in messages %}" + "{{messages}}" * 1500 + "{% endfor %}",
+        "{% for m in messages %}{% if messages == messages %}{% endif %}{% endfor %}",
+        "{{ (messages or 1)[0] }}",
+        "{% for messages in messages %}{% endfor %}",
+        "{{ tools }}",
+        "{{ '' + documents }}",
+        "{{ 1" + "0" * 5000 + " }}",
     ],
 )
 def test_what_may_grow_is_not_plain(template: str) -> None:
     assert not is_plain(template)
+
+
+def test_single_entries_of_what_may_be_long_are_plain() -> None:
+    assert is_plain("{{ messages[0]['role'] + messages[0].content }}{{ tools[0] }}")
+    assert is_plain("{% for m in messages %}{{ messages[loop.index0].role }}{% endfor %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "limits"),
+    [
+        ("{{ bos_token }}", {"LIMIT_TOKEN": 5}),
+        (CHATML, {"LIMIT_HERE": 3 * len(CHATML) - 1}),
+    ],
+)
+def test_what_is_long_for_another_reason_is_not_rendered_here(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str, limits: dict[str, int]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(templates._PROCESS, "ask", lambda text: [asked.append(text), "there"][1])
+    tokenizer.bos_token = "<long>"
+    assert render(tokenizer, template, TURNS, False) != "there"
+    assert not asked
+    for name, value in limits.items():
+        monkeypatch.setattr(templates, name, value)
+    assert render(tokenizer, template, TURNS, False) == "there"
+    assert len(asked) == 1
+
+
+def test_a_plain_template_may_write_no_more_either(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "LIMIT_TEXT", 25)
+    template = "{% for m in messages %}0123456789{% endfor %}"
+    assert len(render(tokenizer, template, TURNS, False)) == 30  # 1,000 a turn
+    monkeypatch.setattr(templates, "LIMIT_TURN", 9)
+    with pytest.raises(PromptError, match=r"^it writes 30 characters; 27 are allowed$"):
+        render(tokenizer, template, TURNS, False)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no such limit")
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_a_system_that_bounds_no_memory_still_renders(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    import resource
+
+    asked: list[Any] = []
+
+    def refuse(*words: Any) -> None:
+        asked.append(words)
+        raise error("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    templates._bound(1 << 30)
+    assert [words[0] for words in asked] == [resource.RLIMIT_AS]
+
+
+def test_who_takes_too_long_by_the_clock_is_ended(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert render(tokenizer, "{{ 'a' | upper }}", TURNS, False) == "A"
+    child = templates._PROCESS._child
+    assert child is not None
+    monkeypatch.setattr(templates, "LIMIT_WAIT_S", 0.2)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(PromptError, match=r"^rendering takes longer than 0.2 s by the clock$"):
+        render(tokenizer, loop, TURNS, False)
+    if os.name == "posix":
+        assert child.returncode == -signal.SIGKILL  # and not by the bound of CPU time
+    else:
+        assert child.returncode is not None
+    monkeypatch.setattr(templates, "LIMIT_WAIT_S", 60.0)
+    assert render(tokenizer, "{{ 'c' | upper }}", TURNS, False) == "C"
+
+
+@pytest.fixture
+def unstarted() -> Iterator[None]:
+    templates._PROCESS.end()
+    yield
+    templates._PROCESS.end()
+
+
+FAKES = {
+    "raise ImportError('no such library.')": "ImportError: no such library",
+    "import os; os._exit(7)": "it ended with exit code 7",
+    "import time; time.sleep(99)": "it takes longer than 0.9 s",
+}
+
+
+@pytest.mark.usefixtures("unstarted")
+@pytest.mark.parametrize("fake", FAKES)
+def test_a_process_that_does_not_start_is_not_the_templates_fault(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake: str
+) -> None:
+    planner = Planner(tokenizer, CHATML, Layout(), PromptConfig())
+    planner.template = "{{ messages[0].content | trim }}"
+    (tmp_path / "transformers.py").write_text(fake)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setattr(templates, "LIMIT_WAIT_S", 0.9 if "sleep" in fake else 60.0)
+    with pytest.raises(IPNError) as caught:
+        planner.plan(Prompt.user("a"))
+    assert type(caught.value) is IPNError
+    assert str(caught.value) == (
+        f"the process that renders chat templates did not start: {FAKES[fake]}. See 'ipn doctor'."
+    )
+    assert templates._PROCESS._child is None
+
+
+@pytest.mark.usefixtures("unstarted")
+def test_a_python_that_is_not_there_is_said(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(IPNError, match=r"templates did not start: .*python'. See 'ipn doctor'."):
+        render(tokenizer, "{{ 'a' | upper }}", TURNS, False)
+
+
+@pytest.mark.usefixtures("unstarted")
+def test_the_process_is_given_no_secrets(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("IPN_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "secret")
+    told = tmp_path / "told.json"
+    (tmp_path / "transformers.py").write_text(
+        "import json, os, pathlib\n"
+        f"pathlib.Path({str(told)!r}).write_text(json.dumps(dict(os.environ)))\n"
+        "raise ImportError('told')"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    with pytest.raises(IPNError, match="did not start: ImportError: told"):
+        render(tokenizer, "{{ 'a' | upper }}", TURNS, False)
+    found = json.loads(told.read_text())
+    assert "secret" not in found.values()
+    assert (found["PATH"], found["PYTHONPATH"]) == (os.environ["PATH"], path)
+    assert found["OMP_NUM_THREADS"] == "1"
 
 
 def test_the_templates_of_what_we_ship_are_plain() -> None:
@@ -233,8 +380,16 @@ say("c")
     (a, first), (b, forked), (c, again) = (line.split() for line in done.stdout.splitlines())
     assert (a, b, c) == ("A", "B", "C")
     assert first == again != forked
-    for pid in (first, forked):
+    for pid in map(int, (first, forked)):
         until = time.monotonic() + 10
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+        while _runs(pid) and time.monotonic() < until:
             time.sleep(0.05)
-        assert not Path(f"/proc/{pid}").exists()
+        assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
