@@ -8,7 +8,9 @@ gets exactly the tokenizer's own ids. Special tokens that a user typed are token
 from __future__ import annotations
 
 import copy
+import re
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +29,8 @@ __all__ = ["DynamicSlot", "ImageSlot", "Plan", "Planner", "RequestSlot", "Tokens
 
 _KEPT = 256
 """Rendered shapes of dialogues; one that grows has three for each turn."""
+_KEPT_TEXT = 50_000
+"""Characters of a rendered text that is kept; longer ones are rare, and would fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +173,7 @@ class Planner:
         nonce = secrets.token_hex(8)
         self._slot_mark = f"\ue000ipn-slot-{nonce}\ue001"
         self._content_mark = f"\ue000ipn-content-{nonce}-%d\ue001"
+        self._content_marks = re.compile("(" + self._content_mark.replace("%d", r"\d+") + ")")
         self._special = self._special_tokens(tokenizer)
         self._escapes = {
             text: f"\ue000ipn-text-{nonce}-{i}\ue001" for i, text in enumerate(self._special)
@@ -233,26 +238,30 @@ class Planner:
         """
         continues = turns[-1].role != "assistant"
         marks = [self._content_mark % i for i in range(len(turns))]
-        text = self._apply(turns, marks, continues)
+        # Between the template's own parts stand the marks. Cut once: going through the whole text
+        # for every turn would take the square of their number.
+        parts = self._content_marks.split(self._apply(turns, marks, continues))
+        shown = Counter(parts[1::2])
+        places = {mark: place for place, mark in enumerate(parts) if place % 2}
         slots: list[tuple[Piece, ...]] = []
         state = _Pictures()
-        for mark, turn in zip(marks, turns, strict=True):
-            if text.count(mark) != 1:
+        for index, (mark, turn) in enumerate(zip(marks, turns, strict=True)):
+            if shown[mark] != 1:
                 raise PromptError(
-                    f"the chat template shows a {turn.role}'s turn {text.count(mark)} times; "
+                    f"the chat template shows a {turn.role}'s turn {shown[mark]} times; "
                     "it must show each once. Leave the system message out, or use another template."
                 )
-            rendered = self._content(turn, state, slots)
-            if rendered == self._slot_mark and turn.role == "assistant":
+            place = places[mark]
+            parts[place] = self._content(turn, state, slots)
+            if parts[place] == self._slot_mark and turn.role == "assistant":
                 # Generated ids carry the space after "ASSISTANT:" themselves.
-                gap = self._gap(turns[: turns.index(turn)], marks)
-                head, tail = text.split(mark)
-                text = head.removesuffix(gap) + mark + tail
+                gap = self._gap(turns[:index], marks)
+                parts[place - 1] = parts[place - 1].removesuffix(gap)
                 # What ends an answer to learn belongs to it: the end of the template's closer.
-                closer = self._closer(tail) if turn.learn else ""
-                text = text.replace(mark + closer, mark)
+                closer = self._closer(parts[place + 1]) if turn.learn else ""
+                parts[place + 1] = parts[place + 1].removeprefix(closer)
                 slots[-1] = self.said(turn, state.images, gap, closer)
-            text = text.replace(mark, rendered)
+        text = "".join(parts)
         if turns[-1].learn:
             text = text[: text.rindex(self._slot_mark) + len(self._slot_mark)]
         return state.first, text, slots
@@ -292,11 +301,15 @@ class Planner:
         if "strftime_now" in self.template:
             return render(self._original, self.template, messages, continues)
         shape = (continues, *(tuple(message.values()) for message in messages))
-        if shape not in self._kept:
-            if len(self._kept) == _KEPT:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[shape] = render(self._original, self.template, messages, continues)
-        return self._kept[shape]
+        text = self._kept.get(shape)
+        if text is None:
+            text = render(self._original, self.template, messages, continues)
+            if len(text) <= _KEPT_TEXT:
+                self._kept[shape] = text
+                # Other threads may add and leave out, too.
+                for old in list(self._kept)[:-_KEPT]:
+                    self._kept.pop(old, None)
+        return text
 
     def _content(self, turn: Turn, state: _Pictures, slots: list[tuple[Piece, ...]]) -> str:
         if turn.learn or any(isinstance(c, (Ids, LookAgain)) for c in turn.content):

@@ -337,6 +337,43 @@ def test_dialogues_of_one_shape_are_rendered_once(
     assert len(asked) == begun + 2
 
 
+def test_a_long_text_is_not_kept(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ipn_core import plan
+
+    planner = Planner(tokenizer, CHATML, Layout(), PromptConfig())
+    before = list(planner._kept)
+    monkeypatch.setattr(plan, "_KEPT_TEXT", 100)
+    turns = (*Prompt.user("a").turns * 3,)
+    long = planner.plan(Prompt(turns))
+    assert list(planner._kept) == before
+    monkeypatch.setattr(plan, "_KEPT_TEXT", 1000)
+    assert planner.plan(Prompt(turns)).text_ids == long.text_ids
+    assert len(planner._kept) == len(before) + 1
+
+
+def test_planning_takes_time_in_proportion_to_the_turns(tokenizer: Any) -> None:
+    planner = Planner(tokenizer, CHATML, Layout(), PromptConfig())
+
+    def taken(count: int) -> float:
+        prompt = Prompt((*Prompt.user("a").turns * count,))
+        begun = time.process_time()
+        planner.plan(prompt)
+        return time.process_time() - begun
+
+    short = min(taken(2_000) for _ in range(3))
+    assert taken(20_000) < 40 * short  # not a hundred times
+
+
+def test_a_template_that_shows_a_turn_twice_or_not_is_refused(tokenizer: Any) -> None:
+    planner = Planner(tokenizer, CHATML, Layout(), PromptConfig())
+    for template, times in (("{{ messages[1].content }}", 0), ("{{ messages[0].content }}" * 2, 2)):
+        planner.template = template
+        planner._kept.clear()
+        said = f"shows a user's turn {times} times; it must show each once"
+        with pytest.raises(PromptError, match=said):
+            planner.plan(Prompt((*Prompt.user("a").turns * 2,)))
+
+
 def test_an_interrupted_question_leaves_no_answer_for_the_next(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
