@@ -15,7 +15,7 @@
 #                 (STRICT=1 fails where none answers)
 # make release-check  wheels and sdists built, looked into, installed where nothing else is, and tested
 #                 there; Python 3.12 and 3.13 without torch (PART=short: in a minute or so;
-#                 STRICT=1 fails where one of these Pythons is not installed)
+#                 STRICT=1 fails where one of these Pythons is not installed, but for short)
 # make lock       write the hashes of the tested set anew, after a change of requirements.txt
 # make docs       the documentation site, in build/site; make docs-serve shows it while you write
 #

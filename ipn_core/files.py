@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -53,10 +53,10 @@ def atomic_write(path: str | os.PathLike[str], content: Content) -> None:
 
 
 def atomic_writes(contents: Mapping[str | os.PathLike[str], Content]) -> None:
-    """Write files as `atomic_write` does one, all of them or, where one is refused, none.
+    """Write files as `atomic_write` does one, and none where one finds no room or cannot be made.
 
-    All are flushed to the disk before the first is renamed. Only who ends the process between two
-    renames, which need no space, leaves some.
+    All are flushed to the disk before the first is renamed. What refuses a rename, which needs no
+    space, or ends the process between two of them leaves those that were renamed before.
 
     Args:
         contents: by the file; see `atomic_write`.
@@ -79,7 +79,8 @@ def atomic_writes(contents: Mapping[str | os.PathLike[str], Content]) -> None:
                 _sync(target.parent)
     finally:
         for temporary, _ in ready:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def _prepare(temporary: Path, target: Path, content: Content) -> None:

@@ -10,7 +10,7 @@ and one of 3.13, where these are installed, gets the same without torch (for the
 a CUDA build of several GB alone), and what needs no torch is tested there.
 
 The last line names the Pythons that were tried, and how, and those that were not; with `--strict`
-it is a failure that one was not.
+it is a failure that one was not, unless the part is short, which tries one alone.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def main(words: Sequence[str] | None = None) -> int:
         wheels = check.artifacts()
         for test in PARTS[part]:
             test(check, wheels)
-        code, said = check.closing(strict=asked.strict)
+        code, said = check.closing(strict=asked.strict and asked.part != "short")
         if part == "whole" and not code:
             shutil.copytree(check.place / "dist", ROOT / "dist", dirs_exist_ok=True)
         print(said, file=sys.stderr if code else sys.stdout)

@@ -476,10 +476,8 @@ def test_a_plugin_adds_a_backend() -> None:
 @pytest.mark.usefixtures("with_uniform")
 def test_a_faulty_backend_is_named_and_takes_no_other_down() -> None:
     q, k, v = _draw((2, 3, 5, 1, 8, 8), torch.float32)
-    with pytest.raises(
-        PluginError,
-        match=r"'not-one' of uniform local must be a subclass of ipn_core.attention.Attention",
-    ):
+    words = "'not-one' of uniform local must be a subclass of ipn_core.attention.Attention"
+    with pytest.raises(PluginError, match=words):
         attend(q, k, v, backend="not-one")
     reasons = backend_reasons()
     assert "no_such_module" in reasons["gone"][0]

@@ -84,6 +84,8 @@ def test_of_several_files_none_is_written_where_one_is_refused(tmp_path: Path) -
         atomic_writes({tmp_path / "a": b"new", tmp_path / "none" / "b": b"new"})
     assert (tmp_path / "a").read_bytes() == b"old"
     assert names(tmp_path) == ["a"]
+    with pytest.raises(IPNError, match=r"cannot write .*a/b': Not a directory"):
+        atomic_write(tmp_path / "a" / "b", b"new")
     atomic_writes({tmp_path / "a": b"new", tmp_path / "b": lambda to: to.write_bytes(b"two")})
     assert [(tmp_path / name).read_bytes() for name in names(tmp_path)] == [b"new", b"two"]
 

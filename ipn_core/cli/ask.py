@@ -72,7 +72,7 @@ def ask(
             dtype=dtype,
         )
         answer = loaded.ask(picture, question)
-        # All of it is made before any is written, and the answer is there whatever the disk does.
+        # Nothing is written before the answer is there, which is said whatever the disk does.
         made: dict[str | os.PathLike[str], Content] = {}
         if heatmap is not None:
             made[heatmap] = drawn_heatmap(

@@ -9,9 +9,10 @@ from typing import Any
 __all__ = ["KINDS", "Kind"]
 
 _TRAIN = "ipn train $distribution/train.yaml --out runs/$name"
-_ASK = (
-    'Then ask it: `ipn ask IMAGE "Is there a dog?" --model runs/$name/model`.\n'
-    "After so short a training it answers in words, and rightly no more often than who guesses."
+_ASK = 'Then ask it: `ipn ask IMAGE "Is there a dog?" --model runs/$name/model`.'
+_GUESSES = (
+    _ASK
+    + "\nAfter so short a training it answers in words, and rightly no more often than who guesses."
 )
 _FILM = "\nOf what is in a place it says nothing: `film`, which looks for it, does not find that."
 _TRAINED = ("ipn-llama", "ipn-starter")
@@ -70,20 +71,20 @@ KINDS = {
     "interaction": Kind(
         "attention in which the request asks the patches",
         _TRAIN,
-        _ASK,
+        _GUESSES,
         _asking(request="hidden-state", interact="$name", inject="tokens"),
         training=_learning(),
     ),
     "perceiver": Kind(
         "a few static tokens, each for one part of the picture",
         _TRAIN,
-        _ASK,
+        _GUESSES,
         {"perceive": "$name", "layout": {"rounds": 0}},
     ),
     "requester": Kind(
         "a learned projection of the hidden state at `<img-q>`",
         _TRAIN,
-        _ASK + _FILM,
+        _GUESSES + _FILM,
         _asking(request="$name", interact="film", inject="tokens"),
         ("ipn-film",),
         training=_learning(request="{name: $name, layer: 26}", aligned="request, interact"),
@@ -91,7 +92,7 @@ KINDS = {
     "injector": Kind(
         "tokens whose share of the message is learned",
         _TRAIN,
-        _ASK + _FILM,
+        _GUESSES + _FILM,
         _asking(request="hidden-state", interact="film", inject="$name"),
         ("ipn-film",),
         training=_learning(
@@ -102,7 +103,8 @@ KINDS = {
         "GPT-NeoX, the architecture of Pythia",
         _TRAIN,
         "With `model.backbone.weights=FOLDER` after the config, it takes a folder's weights.\n"
-        + _ASK,
+        + _ASK
+        + "\nThe training is long enough to see it run, and no longer.",
         tries=("ipn-film", "ipn-starter"),
     ),
     "attention": Kind(
