@@ -34,9 +34,11 @@ def small_interaction(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def own_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Train as a process of its own would: with empty caches, and in whatever precision."""
     monkeypatch.setenv("IPN_CACHE", str(tmp_path / "cache"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
