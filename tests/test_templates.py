@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -65,6 +65,15 @@ def test_a_text_is_what_transformers_gives(tokenizer: Any, template: str, contin
     assert render(tokenizer, template, TURNS, continues) == expected
 
 
+def started(tokenizer: Any) -> tuple[subprocess.Popen[str], IO[str]]:
+    """Have the process render a text; returns it, and what it writes its answers to."""
+    assert render(tokenizer, "{{ 'a' | upper }}", TURNS, False) == "A"
+    child = templates._PROCESS._child
+    assert child is not None
+    assert child.stdout is not None
+    return child, child.stdout
+
+
 MEMORY = "rendering takes more memory than a template may have"
 TOO_MUCH = {
     "{{ 'x' * 3000000000 }}": MEMORY,
@@ -97,11 +106,8 @@ def test_a_template_that_takes_too_much_is_refused_with_the_reason(
 def test_a_process_that_is_ended_is_told_and_replaced(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert render(tokenizer, "{{ 'a' | upper }}", TURNS, False) == "A"
-    child = templates._PROCESS._child
-    assert child is not None
-    assert child.stdout is not None
-    monkeypatch.setattr(child.stdout, "readline", lambda: [child.kill(), ""][1], raising=False)
+    child, said = started(tokenizer)
+    monkeypatch.setattr(said, "readline", lambda: [child.kill(), ""][1], raising=False)
     with pytest.raises(PromptError, match="process that rendered it ended with exit code -9"):
         render(tokenizer, "{{ 'b' | upper }}", TURNS, False)
     assert render(tokenizer, "{{ 'c' | upper }}", TURNS, False) == "C"
@@ -377,15 +383,12 @@ def test_a_template_that_shows_a_turn_twice_or_not_is_refused(tokenizer: Any) ->
 def test_an_interrupted_question_leaves_no_answer_for_the_next(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert render(tokenizer, "{{ 'a' | upper }}", TURNS, False) == "A"
-    child = templates._PROCESS._child
-    assert child is not None
-    assert child.stdout is not None
+    child, said = started(tokenizer)
 
     def interrupt() -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(child.stdout, "readline", interrupt, raising=False)
+    monkeypatch.setattr(said, "readline", interrupt, raising=False)
     with pytest.raises(KeyboardInterrupt):
         render(tokenizer, "{{ 'b' | upper }}", TURNS, False)
     assert child.poll() is not None
