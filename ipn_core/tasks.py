@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ipn_core.plugins import Component, Registry
 
-__all__ = ["Example", "Picture", "ShardedTask", "Task", "open_task"]
+__all__ = ["Example", "Picture", "ShardedTask", "Task", "check_pictures", "open_task"]
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -148,6 +148,16 @@ class ShardedTask(Task):
     def examples(self, split: str) -> Sequence[Example]:
         """Return all examples of all shards; each is checked before the first is returned."""
         return [example for shard in self.shards(split) for example in self.read(shard)]
+
+
+def check_pictures(examples: Sequence[Example]) -> None:
+    """Look at the beginning of each picture, so that a fault comes out before any work is done.
+
+    Raises:
+        UserError: one cannot be opened.
+    """
+    for picture in {image.name: image for one in examples for image in one.images}.values():
+        picture.check()
 
 
 def open_task(

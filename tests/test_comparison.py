@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import json
 import os
 import signal
@@ -20,13 +21,16 @@ import pytest
 from comparing import comparing, comparison, outcomes
 from kills import run_killed
 from lessons import lesson_registry, stage
+from PIL import Image
+from rich.console import Console
 
-from ipn_core.comparison import executors
+from ipn_core.comparison import executors, run
 from ipn_core.comparison.arms import Arm, Arms
 from ipn_core.comparison.config import CompareConfig
 from ipn_core.comparison.executors import Ray
 from ipn_core.comparison.job import Job
-from ipn_core.errors import ConfigError, IPNError, TrainingError, UserError
+from ipn_core.comparison.kept import read_kept
+from ipn_core.errors import CheckpointError, ConfigError, IPNError, TrainingError, UserError
 
 pytestmark = pytest.mark.usefixtures("own_training")
 
@@ -138,6 +142,17 @@ def test_an_arm_takes_the_first_of_several_other_ways_that_it_can(llm: Path) -> 
         ("arms.a/b", {"model": {}, "width": "x"}, "arm 'a/b' must be named by letters, digits"),
         ("data.0.stream", 5, "a comparison reads all its data beforehand"),
         ("sweep", {"arms": ["rvii"], "dynamic": [1, 1]}, "sweep.dynamic holds 1 twice"),
+        ("sweep", {"arms": ["static", "static"], "dynamic": [1]}, "sweep.arms holds static twice"),
+        (
+            "sweep",
+            {"arms": ["rvii"], "dynamic": [500]},
+            "502 tokens into an LLM that reads 12",
+        ),
+        ("arms.static.model.backbone", {"name": "opt"}, "backbone must be equal for all arms"),
+        ("arms.static.model.encoder", "tiny", "encoder must be equal for all arms: name it under"),
+        ("arms.static.width", "", "it must name a setting of the model such as interact.width"),
+        ("arms.static.tokens", "perceive.", "it must name a setting of the model.*'perceive.'"),
+        (f"arms.{'a' * 101}", {"model": {}, "width": "x"}, "100 at most: its jobs"),
         ("sweep", {"arms": ["rvii"], "dynamic": [0]}, "greater than or equal to 1, got 0"),
         ("stages.0.train", ["interact", "intract"], "'intract' names nothing.*mean 'interact'"),
         ("stages.0.otherwise.train", ["perceive", "foo"], "'foo' names nothing"),
@@ -196,15 +211,29 @@ def test_a_part_of_a_comparison_may_name_what_only_the_others_have(llm: Path) ->
             [{"task": "colours", "split": "val"}, {"task": "colours", "split": "val"}],
             "'val' twice: scores are told apart by task and split",
         ),
+        ([{"task": "{here}/damaged.jsonl"}], "damaged.jsonl' line 1: .*damaged.png' is not an image"),
+        ([{"task": "{here}/one.jsonl", "shuffled": True}], r"no request can be taken for 'Why\?'"),
     ],
 )
 def test_what_is_asked_is_looked_at_before_anything_is_trained(
     llm: Path, tmp_path: Path, evaluate: list[dict[str, Any]], said: str
 ) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    (tmp_path / "damaged.png").write_text("no picture")
+    for name in ("one", "damaged"):
+        line = {"image": f"{name}.png", "question": "Why?", "answer": "so"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
     values = comparing(llm)
+    asked = [{**e, "task": e["task"].format(here=tmp_path)} for e in evaluate]
     with pytest.raises(UserError, match=said):
-        comparison({**values, "evaluate": [*values["evaluate"], *evaluate]}, tmp_path / "out")
+        comparison({**values, "evaluate": [*values["evaluate"], *asked]}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_has_nothing_to_do_with_the_width_is_told_without_it(llm: Path) -> None:
+    with pytest.raises(ConfigError, match="statik") as caught:
+        arms(changed(comparing(llm), "arms.static.model.strategy", "statik"))
+    assert "multiple" not in str(caught.value)
 
 
 def test_jobs_that_fail_are_named_and_the_others_kept(llm: Path, tmp_path: Path) -> None:
@@ -228,6 +257,60 @@ def test_a_damaged_plan_is_refused(llm: Path, tmp_path: Path, content: str) -> N
     (tmp_path / "compare.json").write_text(content)
     with pytest.raises(UserError, match=r"is damaged .*Choose another folder|with another"):
         comparison(comparing(llm), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"seed": "0"}', '{"right": [1'])
+def test_what_is_damaged_in_a_job_is_named_with_what_to_remove(
+    tmp_path: Path, content: str
+) -> None:
+    job = Job("one", str(tmp_path), {}, 0, {}, [], 1, 1)
+    for path in (job.result, job.path):
+        path.write_text(content)
+    with pytest.raises(
+        CheckpointError, match=rf"'{job.result}' is damaged \(.+\)\. Remove its fold"
+    ):
+        job.found()
+    with pytest.raises(CheckpointError, match=rf"'{job.path}' is damaged \(.+\)\. Remove its fold"):
+        Job.read(job.path)
+    with pytest.raises(CheckpointError, match=r"is damaged \(.+\)\. Do\.$"):
+        read_kept(job.path, {"seed": int}, "Do.")
+
+
+def test_a_comparison_that_does_not_exist_yet_is_begun_with_a_word(
+    llm: Path, tmp_path: Path
+) -> None:
+    said = Console(file=io.StringIO(), width=200)
+    comparison(comparing(llm), tmp_path / "out", resume=True, console=said)
+    assert f"'{tmp_path / 'out'}' holds no comparison yet: it begins" in said.file.getvalue()
+
+
+def test_a_commit_is_that_of_the_sources_and_of_no_checkout_around_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "run.py").touch()
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    assert run._commit() == "unknown: not a git checkout"
+
+
+def test_each_job_sees_one_gpu_and_more_jobs_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    def start(job: Job, gpu: str | None) -> subprocess.Popen[bytes]:
+        seen.append((job.name, gpu))
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
+
+    monkeypatch.setattr(executors, "_start", start)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    jobs = [Job(str(i), "nowhere", {}, 0, {}, [], 1, 1) for i in range(5)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    executors.Local(3).run(jobs[:3], lambda *_: None)
+    assert seen == [("0", "0"), ("1", "1"), ("2", "0")]
+    seen.clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    executors.Local().run(jobs, lambda *_: None)
+    assert sorted(gpu for _, gpu in seen[:2]) == ["4", "7"]
+    assert {gpu for _, gpu in seen} == {"4", "7"}
 
 
 def test_ray_is_missed_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,8 +399,16 @@ def test_a_folder_is_gone_on_with_only_on_request_and_with_the_same_config(
     with pytest.raises(ConfigError, match="holds a comparison with another config"):
         comparison(changed(comparing(llm), "stages.0.steps", 9), done, resume=True)
     other = changed(comparing(llm), "arms.static.model.perceive.norm", False)
+    plan = (done / "compare.json").read_bytes()
     with pytest.raises(ConfigError, match="holds arm 'static' with another config"):
         comparison(other, done, resume=True).run()
+    assert (done / "compare.json").read_bytes() == plan
+    job = done / "jobs" / "static-k2-seed0" / "job.json"
+    told = job.read_bytes()
+    job.unlink()
+    with pytest.raises(ConfigError, match="holds arm 'static' with another config"):
+        comparison(other, done, resume=True).run()
+    job.write_bytes(told)
 
 
 @pytest.mark.slow
@@ -372,7 +463,7 @@ def test_some_of_the_arms_can_be_picked(llm: Path) -> None:
 def test_jobs_end_with_the_process_that_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(_: Job) -> subprocess.Popen[bytes]:
+    def start(_: Job, gpu: str | None) -> subprocess.Popen[bytes]:
         started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return started[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,22 @@ def test_the_reference_is_held_against_the_best_arm_that_cannot_ask(
     (line,) = [x for x in (tmp_path / "report.md").read_text().splitlines() if x.startswith("- On")]
     assert verdict in line
     assert "`static`" in line
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_above_every_arm_means_above_the_one_that_is_hardest_to_tell_from_it(
+    tmp_path: Path,
+) -> None:
+    found = results(tmp_path / "jobs", {**SHARES, "rvii-constant": 0.6}, 0.25)
+    static = found.group("static")
+    assert static is not None
+    for seed, share in enumerate((0.95, 0.15)):
+        static.results[seed]["scores"][0]["right"] = answered(share, seed, False)["right"]
+    write_report(found, tmp_path, {}, {})
+    (line,) = [x for x in (tmp_path / "report.md").read_text().splitlines() if x.startswith("- On")]
+    assert "is not surely above every arm of equal budget that cannot ask" in line
+    assert "the best of them is `rvii-constant`" in line
+    assert re.search(r"; from `static` \(\d+\.\d %\) it is \+\d+\.\d \(-", line)
 
 
 def test_every_pair_of_arms_is_tested(report: str) -> None:

@@ -95,7 +95,7 @@ def evaluate(
     from ipn_core.cli.terminal import note, print_json, quiet
     from ipn_core.errors import UserError
     from ipn_core.memory import keep_freed_memory
-    from ipn_core.tasks import open_task
+    from ipn_core.tasks import check_pictures, open_task
 
     paired = against is not None or against_interact is not None
     if paired and shuffled:
@@ -111,8 +111,7 @@ def evaluate(
             check_file("--predictions", predictions, "a JSONL file", task, "the file of questions")
         pool = source.examples(chosen)
         asked = pool[:limit]
-        for picture in {picture.name: picture for one in asked for picture in one.images}.values():
-            picture.check()
+        check_pictures(asked)
         keep_freed_memory()
         load = partial(load_model, untrained=untrained, device=device, dtype=dtype)
         loaded = load(model, interact)

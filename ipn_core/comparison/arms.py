@@ -81,8 +81,9 @@ class Arms:
         """Return all arms: the main comparison's, then the sweep's.
 
         Raises:
-            ConfigError: an arm cannot be built, has another number of tokens, no width brings its
-                parameters near the reference's, or a stage names what no arm has.
+            ConfigError: an arm cannot be built, has another number of tokens or more than the LLM
+                reads, no width brings its parameters near the reference's, or a stage names what no
+                arm has.
         """
         names = [*self.config.arms, self.config.control]
         made = self._arms(names, self.config.dynamic)
@@ -125,6 +126,11 @@ class Arms:
                 f"tokens into the LLM, and the reference {budget}. Name the setting that takes its "
                 f"number of static tokens in 'arms.{name}.tokens'."
             )
+        if budget >= (room := model.backbone.max_positions):
+            raise ConfigError(
+                f"'dynamic' at {dynamic}: arm '{name}' puts {budget} tokens into an LLM that reads "
+                f"{room}, which leaves none for the question. Take fewer."
+            )
         stages, left_out = self._stages(model, name)
         asks = model.requester is not None and model.requester.asks
         return Arm(name, asks, dynamic, S, R, K, count, given.width, value, base, stages, left_out)
@@ -160,6 +166,8 @@ class Arms:
             try:
                 return self._count(self._build(base, name))
             except ConfigError as error:
+                if arm.width.rpartition(".")[2] not in str(error):
+                    raise
                 raise ConfigError(
                     f"{error} It was tried with {arm.width} at {step * arm.multiple}; "
                     f"'arms.{name}.multiple', now {arm.multiple}, lets only multiples be tried."

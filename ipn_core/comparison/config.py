@@ -23,7 +23,9 @@ __all__ = [
 
 CONTROL = "-constant"
 """What the name of the control adds to the reference's: equal parameters, but it cannot ask."""
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+_SHARED = {"backbone", "encoder", "prompt"}
+"""Keys of a model that no arm has for itself."""
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{,99}", re.ASCII)
 """An arm's: it names folders, too."""
 _Tokens: TypeAlias = Annotated[int, Field(ge=1, le=1024)]
 
@@ -32,7 +34,8 @@ class ArmConfig(Config):
     """One way to get from a picture to the LLM.
 
     Attributes:
-        model: laid over what all arms share, such as `{strategy: film}`.
+        model: laid over what all arms share, such as `{strategy: film}`; backbone, encoder and
+            prompt are not an arm's.
         width: the setting that decides how many parameters there are, such as `interact.width`; it
             is solved for, so that the arm trains as many as the reference.
         multiple: what the width is a multiple of, such as the number of heads.
@@ -44,6 +47,26 @@ class ArmConfig(Config):
     width: str
     multiple: int = Field(default=1, ge=1)
     tokens: str | None = None
+
+    @field_validator("model")
+    @classmethod
+    def _is_its_own(cls, model: dict[str, Any]) -> dict[str, Any]:
+        shared = sorted(_SHARED & model.keys())
+        if shared:
+            raise ValueError(
+                f"{', '.join(shared)} must be equal for all arms: name it under the comparison's "
+                "'model', and here only what makes the arm"
+            )
+        return model
+
+    @field_validator("width", "tokens")
+    @classmethod
+    def _is_a_setting(cls, path: str | None) -> str | None:
+        if path is not None and not all(path.split(".")):
+            raise ValueError(
+                f"it must name a setting of the model such as interact.width, got '{path}'"
+            )
+        return path
 
 
 class Otherwise(Config):
@@ -182,8 +205,8 @@ class CompareConfig(Config):
         for name in self.arms:
             if not _NAME.fullmatch(name):
                 raise ValueError(
-                    f"arm '{name}' must be named by letters, digits, '.', '_' and '-': its jobs "
-                    "lie in folders of that name"
+                    f"arm '{name}' must be named by letters, digits, '.', '_' and '-', 100 at "
+                    "most: its jobs lie in folders of that name"
                 )
         if self.control in self.arms:
             raise ValueError(
@@ -195,8 +218,9 @@ class CompareConfig(Config):
             raise ValueError(
                 f"sweep names {', '.join(strange)}, but the arms are {', '.join(known)}"
             )
-        if self.sweep and (twice := _twice(self.sweep.dynamic)) is not None:
-            raise ValueError(f"sweep.dynamic holds {twice} twice")
+        for key in ("arms", "dynamic"):
+            if self.sweep and (twice := _twice(getattr(self.sweep, key))) is not None:
+                raise ValueError(f"sweep.{key} holds {twice} twice")
         if any(entry.stream for entry in self.data):
             raise ValueError("a comparison reads all its data beforehand: take 'stream' out")
         names = [stage.name for stage in self.stages]
@@ -209,5 +233,5 @@ class CompareConfig(Config):
         return self
 
 
-def _twice(values: Sequence[int]) -> int | None:
+def _twice(values: Sequence[object]) -> object | None:
     return next((value for value in values if values.count(value) > 1), None)

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,41 +49,55 @@ class Executor(ABC):
 
 
 class Local(Executor):
-    """Processes of this machine, `workers` at once; what they say goes to their `job.log`."""
+    """Processes of this machine, `workers` at once; what they say goes to their `job.log`.
+
+    Where there are GPUs, each job sees one; more workers than GPUs share them in turn.
+    """
 
     def run(self, jobs: Sequence[Job], ended: Callable[[Job, str | None], object]) -> None:
         """Start each job as soon as a worker is free; an interruption ends those that run."""
         waiting = list(jobs)
-        running: list[tuple[Job, subprocess.Popen[bytes]]] = []
+        running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
+        gpus = _gpus()
         with ending_on_sigterm(), _ended(running):
             while waiting or running:
-                while waiting and len(running) < self.workers:
-                    job = waiting.pop(0)
-                    running.append((job, _start(job)))
-                for job, process in list(running):
+                for worker in range(self.workers):
+                    if waiting and worker not in running:
+                        job, gpu = waiting.pop(0), gpus[worker % len(gpus)] if gpus else None
+                        running[worker] = (job, _start(job, gpu))
+                for worker, (job, process) in list(running.items()):
                     if process.poll() is not None:
-                        running.remove((job, process))
+                        del running[worker]
                         ended(job, None if process.returncode == 0 else _last_words(job))
                 time.sleep(_POLL_S)
 
 
 @contextlib.contextmanager
-def _ended(running: Sequence[tuple[Job, subprocess.Popen[bytes]]]) -> Iterator[None]:
+def _ended(running: Mapping[int, tuple[Job, subprocess.Popen[bytes]]]) -> Iterator[None]:
     """End the processes that still run when the block does."""
     try:
         yield
     finally:
-        for _, process in running:
+        for _, process in running.values():
             process.terminate()
-        for _, process in running:
+        for _, process in running.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
             process.kill()
 
 
-def _start(job: Job) -> subprocess.Popen[bytes]:
+def _gpus() -> list[str]:
+    """Return the names of the GPUs that may be used, as CUDA_VISIBLE_DEVICES has them."""
+    number = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",")[:number] if given else [str(i) for i in range(number)]
+
+
+def _start(job: Job, gpu: str | None) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "ipn_core.comparison", str(job.path)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads)}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     with open(job.log, "ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 

@@ -5,7 +5,6 @@ Every part is a file that is written whole; a job that is started again does wha
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -22,9 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ipn_core.comparison.config import EvaluationConfig
+from ipn_core.comparison.kept import read_kept, write_kept
 from ipn_core.errors import CheckpointError, ConfigError
 from ipn_core.evaluation.evaluate import evaluate
-from ipn_core.files import atomic_write, lock, make_folder, remove_unfinished
+from ipn_core.files import lock, make_folder, remove_unfinished
 from ipn_core.memory import keep_freed_memory
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry, get_registry
@@ -43,6 +43,21 @@ JOB = "job.json"
 RESULT = "result.json"
 _FLOP_STEPS = 2
 """Steps of a stage that are counted."""
+_ANEW = "Remove its folder, so that the job is done anew."
+_SCORE = {"right": list, "types": list, "pictures": list, "cpu_s": float}
+_PARTS: dict[str, dict[str, type]] = {
+    "trained": {"peak_memory": int, "examples_per_s": dict, "cpu_s": float},
+    "measured": {"train_flops": float, "cpu_s": float},
+}
+"""What the files of a job's parts hold; all others are scores."""
+_RESULT = {
+    "seed": int,
+    "arm": dict,
+    "training": dict,
+    "measured": dict,
+    "scores": list,
+    "cpu_s": float,
+}
 
 
 @dataclass(frozen=True)
@@ -84,16 +99,29 @@ class Job:
         """What it says where it has a process of its own."""
         return Path(self.folder) / "job.log"
 
+    def found(self) -> dict[str, Any]:
+        """Return the result.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return read_kept(self.result, _RESULT, _ANEW)
+
     def check(self) -> None:
         """Refuse a folder that holds something else under the same name.
 
         Raises:
             ConfigError: what it trains, or what it is asked, is not what is there.
+            CheckpointError: what is there is damaged.
         """
-        if not self.path.is_file():
-            return
-        there = Job.read(self.path)
-        if (there.training, there.evaluate) != (self.training, self.evaluate):
+        same = True
+        if self.path.is_file():
+            there = Job.read(self.path)
+            same = (there.training, there.evaluate) == (self.training, self.evaluate)
+        if self.result.is_file():
+            arm = self.found()["arm"]
+            same = same and all(arm.get(key) == self.arm[key] for key in ("model", "stages"))
+        if not same:
             raise ConfigError(
                 f"'{self.path}' holds arm '{self.arm['name']}' with another config, so that going "
                 "on would mix the two. Use the same config, or another folder with --out."
@@ -103,7 +131,7 @@ class Job:
         """Write it down, for a process to read and for a later call to compare with."""
         make_folder(self.path.parent)
         values = {k: v for k, v in asdict(self).items() if k != "folder"}  # it may be moved
-        atomic_write(self.path, (json.dumps(values, indent=1) + "\n").encode())
+        write_kept(self.path, values, indent=1)
 
     @classmethod
     def read(cls, path: Path) -> Job:
@@ -112,14 +140,11 @@ class Job:
         Raises:
             CheckpointError: it is damaged.
         """
+        values = read_kept(path, {}, _ANEW)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
             return cls(folder=str(path.parent.absolute()), **values)
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"'{path}' is damaged ({type(error).__name__}). Remove its folder, so that the job "
-                "is done anew."
-            ) from None
+        except TypeError as error:
+            raise CheckpointError(f"'{path}' is damaged ({error}). {_ANEW}") from None
 
 
 def run_job(job: Job, registry: Registry | None = None) -> None:
@@ -170,7 +195,7 @@ class _Run:
         facts = {"name": self.job.name, "seed": self.job.seed, "arm": self.job.arm}
         found = {"training": training, "measured": measured, "scores": scores}
         facts["cpu_s"] = sum(part["cpu_s"] for part in (training, measured, *scores))
-        _write_json(self.job.result, {**facts, **found})
+        write_kept(self.job.result, {**facts, **found})
 
     def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what a file holds, after making it if it is not there; with its seconds of CPU."""
@@ -178,9 +203,8 @@ class _Run:
         if not path.is_file():
             started = time.process_time()
             made = make()
-            _write_json(path, {**made, "cpu_s": time.process_time() - started})
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+            write_kept(path, {**made, "cpu_s": time.process_time() - started})
+        return read_kept(path, _PARTS.get(name, _SCORE), "Remove it, so that this is done anew.")
 
     def _train(self) -> dict[str, Any]:
         """Train, or go on with it; return the peak memory and how fast the steps were."""
@@ -262,7 +286,3 @@ def _peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _write_json(path: Path, values: Any) -> None:
-    atomic_write(path, (json.dumps(values) + "\n").encode())

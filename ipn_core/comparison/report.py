@@ -75,20 +75,36 @@ def _asking_matters(results: Results) -> str:
 
 
 def _against_the_blind(results: Results) -> list[str]:
-    """Compare the reference with the best arm that cannot ask, split by split."""
+    """Compare the reference with all arms that cannot ask, split by split.
+
+    It is above every one of them only if no interval of a difference reaches zero; the best is not
+    always the one that is hardest to tell from it.
+    """
     lines = []
     for task, split in results.splits:
         mine = results.asker.cell(task, split)
         others = [(g, c) for g in results.blind if (c := g.cell(task, split)) is not None]
         if mine is None or not others:
             continue
-        best, cell = max(others, key=lambda pair: pair[1].accuracy.mean)
-        gap = mine.minus(cell)
-        verdict = "is below the best" if gap.high < 0 else "is level with the best"
+        gaps = {g.name: (c, mine.minus(c)) for g, c in others}
+        best = max(gaps, key=lambda name: gaps[name][0].accuracy.mean)
+        shown = gaps[best][1]
+        level = [name for name, (_, gap) in gaps.items() if gap.low <= 0]
+        if not level:
+            verdict = "is above every"
+        elif best in level:
+            verdict = f"is {'below' if shown.high < 0 else 'level with'} the best"
+        else:
+            verdict = "is not surely above every"
+        more = "".join(
+            f"; from `{name}` ({_percent(gaps[name][0])}) it is {_points(gaps[name][1])}"
+            for name in level
+            if best not in level
+        )
         lines.append(
-            f"On {task} {split} `{results.reference}` ({_percent(mine)}) "
-            f"{'is above every' if gap.low > 0 else verdict} arm of equal budget that cannot ask; "
-            f"the best of them is `{best.name}` ({_percent(cell)}), the difference {_points(gap)}."
+            f"On {task} {split} `{results.reference}` ({_percent(mine)}) {verdict} arm of equal "
+            f"budget that cannot ask; the best of them is `{best}` ({_percent(gaps[best][0])}), "
+            f"the difference {_points(shown)}{more}."
         )
     return lines
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,12 +171,14 @@ class Results:
             reference: the arm that asks.
             control: its control.
             dynamic: tokens K of the main comparison.
+
+        Raises:
+            CheckpointError: a result is damaged.
         """
         found: dict[tuple[str, int], Group] = {}
         for job in jobs:
-            result = json.loads(job.result.read_text(encoding="utf-8"))
             key = (job.arm["name"], job.arm["dynamic"])
-            found.setdefault(key, Group(job.arm, [])).results.append(result)
+            found.setdefault(key, Group(job.arm, [])).results.append(job.found())
         self.groups = list(found.values())
         self.reference, self.control, self.dynamic = reference, control, dynamic
 

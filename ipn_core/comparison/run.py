@@ -21,15 +21,17 @@ from ipn_core.comparison.arms import Arm, Arms
 from ipn_core.comparison.config import CompareConfig
 from ipn_core.comparison.executors import Executor, Local
 from ipn_core.comparison.job import Job
+from ipn_core.comparison.kept import read_kept, write_kept
 from ipn_core.comparison.report import write_report
 from ipn_core.comparison.results import Results
 from ipn_core.comparison.timing import first_token
-from ipn_core.errors import CheckpointError, ConfigError, DataError, TrainingError
-from ipn_core.files import atomic_write, make_folder, remove_unfinished
+from ipn_core.errors import ConfigError, DataError, TrainingError
+from ipn_core.evaluation.shuffled import draw_partners
+from ipn_core.files import make_folder, remove_unfinished
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry, get_registry
 from ipn_core.processors import allowed_cpus, allowed_threads
-from ipn_core.tasks import open_task
+from ipn_core.tasks import check_pictures, open_task
 from ipn_core.training.data import known_features
 from ipn_core.training.features import FeatureCache
 from ipn_core.training.report import Moving, bar
@@ -87,26 +89,25 @@ class Comparison:
     def _check_folder(self, resume: bool) -> None:
         plan = self.folder / PLAN
         if not plan.is_file():
+            if resume:
+                self._note(f"'{self.folder}' holds no comparison yet: it begins")
             return
         if not resume:
             raise ConfigError(
                 f"'{self.folder}' holds a comparison already. Go on with --resume, or choose "
                 "another folder with --out."
             )
-        try:
-            found = json.loads(plan.read_text(encoding="utf-8"))["digest"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise CheckpointError(
-                f"'{plan}' is damaged ({type(error).__name__}). Choose another folder with --out."
-            ) from None
-        if found != self.digest:
+        kinds = {"digest": str, "commands": list}
+        found = read_kept(plan, kinds, "Choose another folder with --out.")
+        if found["digest"] != self.digest:
             raise ConfigError(
                 f"'{self.folder}' holds a comparison with another config, so that going on would "
                 "mix the two. Use the same config, or another folder with --out."
             )
+        self._commands = [str(one) for one in found["commands"]]
 
     def _check_questions(self) -> None:
-        """Open what the arms are asked, so that a missing file does not come out after training."""
+        """Open what the arms are asked: what is missing should not come out after training."""
         seen: set[tuple[str, str]] = set()
         for entry in self.config.evaluate:
             task = open_task(entry.task, entry.options, self.registry)
@@ -118,8 +119,13 @@ class Comparison:
                 )
             seen.add((entry.task, split))
             task.check_split(split)
-            if not task.examples(split):
+            pool = task.examples(split)
+            if not pool:
                 raise DataError(f"'{entry.task}' split '{split}' holds no examples.")
+            asked = pool[: entry.limit]
+            check_pictures(asked)
+            if entry.shuffled:
+                draw_partners(asked, pool, 0)  # refuses where there are none
 
     def run(self) -> Path:
         """Do everything that is missing; returns the path of `report.md`.
@@ -132,10 +138,10 @@ class Comparison:
         self._note_arms(arms)
         make_folder(self.folder)
         remove_unfinished(self.folder)
-        self._write_plan()
         jobs = [job for arm in arms for job in self._jobs(arm)]
         for job in jobs:
             job.check()
+        self._write_plan()
         missing = [job for job in jobs if not job.result.is_file()]
         # Seed by seed, and the sweep last: what an interrupted run leaves is whole sets of arms.
         missing.sort(key=lambda job: (job.arm["dynamic"] != self.config.dynamic, job.seed))
@@ -149,15 +155,13 @@ class Comparison:
 
     def _write_plan(self) -> None:
         """Write down what is compared, and with which commands so far."""
-        path, command = self.folder / PLAN, shlex.join(self.command)
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        self._commands = list(dict.fromkeys([*before.get("commands", []), command]))
+        self._commands = list(dict.fromkeys([*self._commands, shlex.join(self.command)]))
         plan = {
             "digest": self.digest,
             "commands": self._commands,
             "config": self.config.model_dump(mode="json"),
         }
-        atomic_write(path, (json.dumps(plan, indent=1) + "\n").encode())
+        write_kept(self.folder / PLAN, plan, indent=1)
 
     def _jobs(self, arm: Arm) -> list[Job]:
         main = arm.dynamic == self.config.dynamic
@@ -236,7 +240,7 @@ class Comparison:
         main = [j for j in jobs if j.arm["dynamic"] == self.config.dynamic and j.seed == 0]
         folders = {j.arm["name"]: Path(j.folder) / "train" / "model" for j in main}
         path = self.folder / FIRST_TOKEN
-        known: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+        known = read_kept(path, {}, "Remove it, and it is taken anew.") if path.is_file() else {}
         timed = {name for name, one in known.items() if "seconds" in one}
         if timed >= folders.keys() or not all(folder.is_dir() for folder in folders.values()):
             return known
@@ -244,7 +248,7 @@ class Comparison:
         task = open_task(entry.task, entry.options, self.registry)
         examples = task.examples(entry.split or task.default_split)[:6]
         found = first_token(folders, self.config.reference, examples, self.registry)
-        atomic_write(path, (json.dumps(found, indent=1) + "\n").encode())
+        write_kept(path, found, indent=1)
         return found
 
     def _facts(self, jobs: Sequence[Job]) -> dict[str, str]:
@@ -284,17 +288,18 @@ def _threads(workers: int) -> int:
 
 def _commit() -> str:
     """Return the commit of the sources, and whether they differ from it."""
-    here = Path(__file__).parent
+    here = Path(__file__)
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        # What is installed may lie inside the checkout of something else.
+        _git("ls-files", "--error-unmatch", here.name, folder=here.parent)
+        return _git("describe", "--always", "--dirty", "--abbrev=12", folder=here.parent)
     except (OSError, subprocess.CalledProcessError):
         return "unknown: not a git checkout"
+
+
+def _git(*words: str, folder: Path) -> str:
+    command = ["git", *words]
+    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     return found.stdout.strip()
 
 
