@@ -7,23 +7,31 @@ are one sample.
 from __future__ import annotations
 
 import os
+import re
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ipn_core.errors import DataError, ImageError, IPNError, first_line
+from ipn_core.errors import DataError, ImageError, IPNError
 from ipn_core.file_task import matching, parse_json
 from ipn_core.formats import KEYS, Record
 from ipn_core.images import load_image
 from ipn_core.tasks import Example, Picture, ShardedTask
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from PIL import Image
 
 __all__ = ["TarTask"]
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_META = re.compile("__[^/]*__(/|$)")
+"""Names of files that belong to no sample, as the library has it."""
+_END = tarfile.EOFHeaderError  # type: ignore[attr-defined]  # the stubs leave it out
+"""For a block of zeros."""
 
 
 class TarTask(ShardedTask):
@@ -67,10 +75,10 @@ class TarTask(ShardedTask):
         return self._files
 
     def read(self, shard: str, skip: int = 0) -> Iterator[Example]:
-        from webdataset.tariterators import tarfile_samples
+        from webdataset.tariterators import group_by_keys
 
         done = "the beginning"
-        samples = tarfile_samples([{"url": shard}])
+        samples = group_by_keys(_files(shard))
         try:
             for sample in islice(samples, skip, None):
                 yield _example(sample, f"'{shard}' sample '{sample['__key__']}'")
@@ -79,11 +87,42 @@ class TarTask(ShardedTask):
             raise
         except Exception as error:  # tarfile, zlib and the library have types of their own
             # The library puts a message and what it was about into one error.
-            said = error.args[0] if len(error.args) > 1 else first_line(error)
+            said = next((a for a in error.args if isinstance(a, str)), type(error).__name__)
             raise DataError(
                 f"'{shard}' is damaged or no tar file after {done} ({said}). Fetch or write it "
                 "again."
             ) from None
+
+
+class _Header(tarfile.TarInfo):
+    """A file in a tar file: `tarfile` takes any broken header but the first for the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        """Read the next one.
+
+        Raises:
+            ReadError: it is broken, or the tar file ends without a block of zeros. One is enough:
+                not every writer has two, or fills up what follows.
+        """
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if archive.offset == 0 or isinstance(error, _END):
+                raise
+            raise tarfile.ReadError(f"neither a file nor the end follows: {error}") from None
+
+
+def _files(shard: str) -> Iterator[dict[str, Any]]:
+    """Yield what the library makes samples of; its own reader would not notice a cut."""
+    with tarfile.open(shard, "r|*", tarinfo=_Header) as archive:
+        for member in archive:
+            if member.isreg() and not _META.match(member.name):
+                content = archive.extractfile(member)
+                assert content is not None
+                yield {"fname": member.name, "data": content.read(), "__url__": shard}
+            # Else it keeps all headers; the library does the same.
+            archive.members = []  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -178,6 +179,70 @@ def test_a_damaged_tar_is_named_with_its_last_good_sample(
         open_task(str(tmp_path / "none.tar"), None, registry).examples("all")
     with pytest.raises(DataError, match="no such file: 'pipe:"):
         open_task("pipe:cat a.tar", None, registry).examples("all")
+
+
+def cut_points(content: bytes) -> list[int]:
+    """In the middle of each header after the first, and where one should begin."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        ends = [512 * -(-(m.offset_data + m.size) // 512) for m in tar]
+    return [at for end in ends for at in (end, end + 52)]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_a_tar_that_is_cut_between_its_files_is_refused(
+    shards: Path, registry: Registry, tmp_path: Path, compress: Any
+) -> None:
+    """Python's own reader takes it for the end, and what follows is never missed."""
+    content = (shards / "s-0.tar").read_bytes()
+    tar = tmp_path / "cut.tar"
+    for at in cut_points(content):
+        tar.write_bytes(compress(content[:at]))
+        why = f"neither a file nor the end follows: {'truncated' if at % 512 else 'empty'} header"
+        with pytest.raises(DataError, match=rf"^'{tar}' is damaged .* \({why}\)\. Fetch"):
+            open_task(str(tar), None, registry).examples("all")
+    one = sampler([Stream(DataConfig(task=str(tar), stream=2), registry)])
+    with pytest.raises(DataError, match=rf"^'{tar}' is damaged"):
+        one.draw(2)
+
+
+def test_a_header_that_is_damaged_is_not_the_end(
+    shards: Path, registry: Registry, tmp_path: Path
+) -> None:
+    content = bytearray((shards / "s-0.tar").read_bytes())
+    content[cut_points(content)[2] + 3] ^= 1
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(DataError, match=r"a.tar' is damaged .* the end follows: bad checksum\)"):
+        open_task(str(tmp_path / "a.tar"), None, registry).examples("all")
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("tail", [bytes(512), bytes(1024), bytes(1024) + b"x" * 700])
+def test_a_block_of_zeros_ends_a_tar_however_it_goes_on(
+    shards: Path, registry: Registry, tmp_path: Path, tail: bytes, compress: Any
+) -> None:
+    """Python and GNU tar fill the last 10 kB; other writers put two blocks, and some one."""
+    content = (shards / "s-0.tar").read_bytes()
+    end = cut_points(content)[-2]
+    assert not any(content[end:])
+    (tmp_path / "a.tar").write_bytes(compress(content[:end] + tail))
+    assert len(open_task(str(tmp_path / "a.tar"), None, registry).examples("all")) == 3
+
+
+def test_what_the_librarys_writer_wrote_is_read_without_what_belongs_to_no_sample(
+    registry: Registry, tmp_path: Path
+) -> None:
+    from webdataset import TarWriter
+
+    sample = {"png": png(picture(1)), "json": question("What?", "x").encode()}
+    for name in ("a.tar", "a.tar.gz"):
+        with TarWriter(str(tmp_path / name)) as writer:
+            writer.write({"__key__": "some/1", **sample})
+            writer.write({"__key__": "__meta__/1", "txt": "of all"})
+            writer.write({"__key__": "some/2", **sample})
+    (tmp_path / "a.tar.gz").rename(tmp_path / "b.tar")
+    for name in ("a.tar", "b.tar"):
+        examples = open_task(str(tmp_path / name), None, registry).examples("all")
+        assert [e.images[0].name[-10:] for e in examples] == ["some/1.png", "some/2.png"]
 
 
 def test_without_its_library_a_tar_is_refused_in_one_line(
