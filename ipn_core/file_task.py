@@ -22,7 +22,7 @@ from ipn_core.tasks import Example, Picture, ShardedTask
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["FileTask", "Folder", "matching", "parse_json"]
+__all__ = ["FileTask", "Folder", "matching", "parse_json", "parse_text"]
 
 _ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 """Half of a character that JSON escapes as two; alone it is no text."""
@@ -156,8 +156,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise DataError(f"'{path}' cannot be read ({error}).") from None
 
 
-def parse_json(content: bytes, where: str) -> Any:
-    """Parse JSON in UTF-8.
+def parse_text(content: bytes, where: str) -> str:
+    """Parse text in UTF-8.
 
     Args:
         content: of a file, or a line of one. Editors on Windows begin a file with a mark of its
@@ -165,15 +165,24 @@ def parse_json(content: bytes, where: str) -> Any:
         where: names it in errors.
 
     Raises:
-        DataError: it is neither.
+        DataError: it is none.
     """
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         at = f" line {line}" if line > 1 else ""
         byte = f"byte 0x{content[error.start]:02x}: {error.reason}"
         raise DataError(f"{where}{at} is not UTF-8 text ({byte}). Save it as UTF-8.") from None
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """Parse JSON in UTF-8; see `parse_text`.
+
+    Raises:
+        DataError: it is neither.
+    """
+    text = parse_text(content, where)
     try:
         value = json.loads(text)
         if _ESCAPED_HALF.search(text):

@@ -171,7 +171,9 @@ class Record:
             if isnt:
                 content += [Shown(next(pictures)) for _ in run]
                 continue
-            said = "\n\n".join(run)
+            said = "\n\n".join(text for text in run if text.strip())
+            if not said:
+                continue
             if content:
                 turns += [Turn("user", tuple(content)), _told("assistant", said)]
                 content = []
@@ -185,7 +187,8 @@ class Record:
         names, texts = _list(row.get("images")), _list(row["texts"])
         if len(names) != len(texts):
             raise self._page(f"'images' has {len(names)} places and 'texts' {len(texts)}")
-        return names, [text or None for text in texts]
+        shown = zip(names, texts, strict=True)
+        return names, [None if name is not None and _blank(text) else text for name, text in shown]
 
     def _matched(self, row: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
         """MMC4: each picture says before which text it stands."""
@@ -196,7 +199,14 @@ class Record:
             isinstance(i, dict) and {"image_name", "matched_text_index"} <= i.keys() for i in infos
         ):
             raise self._page("'image_info' must give 'image_name' and 'matched_text_index' each")
-        for number, text in enumerate(_list(row["text_list"])):
+        said = _list(row["text_list"])
+        for at in [i["matched_text_index"] for i in infos] if said else []:
+            if at not in range(len(said)):
+                raise self._page(
+                    "'matched_text_index' must be the number of a text in 'text_list', from 0 to "
+                    f"{len(said) - 1}, got {at!r}"
+                )
+        for number, text in enumerate(said):
             here = [i["image_name"] for i in infos if i["matched_text_index"] == number]
             names += [*here, None]
             texts += [*(None for _ in here), text]
@@ -209,6 +219,10 @@ class Record:
 def _texts(value: Any) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     return tuple(values) if all(isinstance(v, str) and v.strip() for v in values) else ()
+
+
+def _blank(text: Any) -> bool:
+    return not (text.strip() if isinstance(text, str) else text)
 
 
 def _list(value: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ipn_core.errors import DataError, ImageError, IPNError
-from ipn_core.file_task import matching, parse_json
+from ipn_core.file_task import matching, parse_json, parse_text
 from ipn_core.formats import KEYS, Record
 from ipn_core.images import load_image
 from ipn_core.tasks import Example, Picture, ShardedTask
@@ -157,7 +157,7 @@ def _example(sample: Mapping[str, Any], where: str) -> Example:
 
     row = _row(sample, where)
     if not (isinstance(row, dict) and KEYS & row.keys()) and "txt" in sample:
-        text = sample["txt"].decode(errors="replace").strip()
+        text = parse_text(sample["txt"], f"{where}: its .txt").strip()
         row = {
             "images": [*members, None],
             "texts": [*(None for _ in members), text],

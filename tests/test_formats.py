@@ -113,6 +113,35 @@ def test_a_document_says_what_follows_its_pictures(write: Any) -> None:
     assert outline(other.dialogue) == expected
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n\t"])
+def test_a_blank_text_of_a_document_is_none(write: Any, blank: str) -> None:
+    """It would teach the empty answer."""
+    aligned = {
+        "images": [None, "a.png", None, "b.png", None, None, "a.png", None],
+        "texts": [blank, blank, "A.", None, blank, "B.", None, blank],
+    }
+    matched = {
+        "text_list": [blank, "A.", blank, "B.", blank],
+        "image_info": [
+            {"image_name": name, "matched_text_index": at}
+            for name, at in (("a.png", 1), ("b.png", 2), ("a.png", 4))
+        ],
+    }
+    for example in write(aligned, matched):
+        assert outline(example.dialogue) == [
+            ("user", ["[a.png]"], False),
+            ("assistant", ["A."], True),
+            ("user", ["[b.png]"], False),
+            ("assistant", ["B."], True),
+        ]
+
+
+def matching(index: Any) -> dict[str, Any]:
+    """An MMC4 document of two texts, whose first picture stands right."""
+    infos = [{"image_name": "a.png", "matched_text_index": at} for at in (0, index)]
+    return {"id": 7, "text_list": ["x", "y"], "image_info": infos}
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -135,7 +164,13 @@ def test_a_document_says_what_follows_its_pictures(write: Any) -> None:
         ({"id": 7, "images": ["a.png"], "texts": ["x"]}, "place 0 must hold either a picture or"),
         ({"id": 7, "images": [None], "texts": [3]}, "place 0 holds 3, not a text or a path"),
         ({"id": 7, "images": [None, "a.png"], "texts": ["x", None]}, "no text after a picture"),
+        ({"id": 7, "images": ["a.png", None], "texts": [None, " "]}, "no text after a picture"),
+        ({"id": 7, "images": [None], "texts": [None]}, "place 0 must hold either a picture or"),
         ({"id": 7, "text_list": ["x"], "image_info": [{}]}, "'image_info' must give 'image_name'"),
+        (matching(2), "'matched_text_index' must be the number of a text .* from 0 to 1, got 2"),
+        (matching(-1), "from 0 to 1, got -1"),
+        (matching("0"), "from 0 to 1, got '0'"),
+        (matching(None), "from 0 to 1, got None"),
     ],
 )
 def test_a_broken_record_is_named(write: Any, row: Any, reason: str) -> None:

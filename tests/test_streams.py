@@ -135,6 +135,8 @@ def test_a_sample_may_hold_any_record_and_name_its_pictures(
         ({"k.png": "x"}, "it has neither .json nor .txt, but png"),
         ({"k.json": "{"}, "its .json: not valid JSON"),
         ({"k.json": b"\xff"}, "its .json is not UTF-8 text"),
+        ({"k.png": "x", "k.txt": b"a caf\xe9"}, "its .txt is not UTF-8 text .byte 0xe9"),
+        ({"k.png": "x", "k.txt": " \n"}, "it has no text after a picture"),
         ({"k.json": question("?", "x")}, r"'image' must be a path or a list of paths, got None"),
         (
             {"k.a.png": "x", "k.b.png": "x", "k.json": question("?", "x", image="c.png")},
