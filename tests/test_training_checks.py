@@ -296,7 +296,7 @@ def test_a_step_that_no_scale_makes_finite_ends_the_training(
     with pytest.raises(TrainingError) as raised:
         training(values, tmp_path / "run", model=model).run()
     last = 3 + int(math.log2(scale))  # skipped up to there, at half the scale each time
-    text = f"stage 's', step {last}: the gradient of slots.dynamic is not finite. The last saved"
+    text = f"stage 's', step {last}: the gradient of slots.dynamic is not finite. Lower 'lr'"
     assert text in str(raised.value)
     assert len(metrics(tmp_path / "run")) == last - 1
 

@@ -322,9 +322,11 @@ class StageRun:
         if not math.isfinite(totals["loss"]) or not (math.isfinite(norm) or self._overflow()):
             bad = first_bad(self.trained, losses, lambda: self._first_anywhere(batches))
             bad = bad or "the norm of the gradient"
+            rounded = self.accelerator.mixed_precision != "no"
             raise TrainingError(
-                f"stage '{self.stage.name}', step {self.step + 1}: {bad} is not finite. The last "
-                "saved state is intact; lower 'lr' or use precision fp32, and --resume."
+                f"stage '{self.stage.name}', step {self.step + 1}: {bad} is not finite. Lower 'lr'"
+                f"{' or use precision fp32' if rounded else ''}, and train anew in another folder "
+                "with --out."
             )
         self.pinned.check(losses)
         nn.utils.clip_grads_with_norm_(self.trained.values(), self.stage.clip, whole_norm)
