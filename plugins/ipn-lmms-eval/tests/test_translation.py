@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,13 +131,28 @@ def test_an_answer_ends_at_the_first_stop() -> None:
 
 def test_a_task_is_written_with_its_pictures(tmp_path: Path) -> None:
     assert write_task("easy-vqa", tmp_path, limit=3) == "ipn-easy-vqa"
-    rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "ipn-easy-vqa.jsonl").read_text().splitlines()]
     assert len(rows) == 3
     assert rows[0]["question"] == "what is the red shape?"
     (shown,) = pictures(rows[0])
     assert shown.size == (64, 64)
     assert len(list((tmp_path / "pictures").iterdir())) == len({r["pictures"][0] for r in rows})
     assert "test_split: test" in (tmp_path / "ipn-easy-vqa.yaml").read_text()
+
+
+def test_tasks_in_one_folder_keep_their_own_questions(tmp_path: Path) -> None:
+    RED.save(tmp_path / "red.png")
+    for name in ("one", "questions"):  # the second is not overwritten by what is made of it
+        asked = {"image": "red.png", "question": f"{name}?", "answer": "red"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(asked))
+    for name in ("one", "questions"):
+        made = write_task(str(tmp_path / f"{name}.jsonl"), tmp_path)
+    for name in ("one", "questions"):
+        lines = (tmp_path / f"ipn-{name}.yaml").read_text().splitlines()
+        (told,) = (line.split(": ", 1)[1] for line in lines if line.startswith("    test: "))
+        assert json.loads(Path(json.loads(told)).read_text())["question"] == f"{name}?"
+    assert made == "ipn-questions"
+    assert "image" in json.loads((tmp_path / "questions.jsonl").read_text())
 
 
 def test_an_answer_is_scored_as_by_ipn_eval() -> None:
@@ -153,12 +169,15 @@ def test_the_command_writes_a_file_of_questions_and_says_what_is_wrong(tmp_path:
     (tmp_path / "talks.json").write_text(json.dumps([{"image": "red.png", "conversations": turns}]))
     command = [sys.executable, "-m", "ipn_lmms_eval"]
 
-    def run(name: str) -> subprocess.CompletedProcess[str]:
-        words = [*command, str(tmp_path / name), str(tmp_path / "out")]
+    def run(name: str, out: str = "out", *more: str) -> subprocess.CompletedProcess[str]:
+        words = [*command, str(tmp_path / name), str(tmp_path / out), *more]
         return subprocess.run(words, capture_output=True, text=True, check=False)
 
     assert run("mine.jsonl").stdout == "ipn-mine\n"
-    refused = run("talks.json")
-    assert refused.returncode == 1
-    assert "holds dialogues, such as the one that ends with 'Sure?'" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    for refused, why in (
+        (run("talks.json"), "holds dialogues, such as the one that ends with 'Sure?'"),
+        (run("mine.jsonl", "out", "--limit", "-1"), "limit must be at least 1, got -1: it is how"),
+        (run("mine.jsonl", "red.png/out"), "red.png' is a file. Name a folder"),
+    ):
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert re.fullmatch(rf"ipn_lmms_eval: .*{re.escape(why)}.*\n", refused.stderr)

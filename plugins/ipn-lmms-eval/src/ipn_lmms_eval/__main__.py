@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ipn_core.cli.loading import check_folder
 from ipn_core.errors import IPNError
 from ipn_lmms_eval.local import write_task
 
@@ -19,9 +20,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="Only the first N questions.")
     given = parser.parse_args()
     try:
+        check_folder("FOLDER", given.folder)
         print(write_task(given.task, given.folder, split=given.split, limit=given.limit))
     except IPNError as error:
-        sys.exit(f"ipn_lmms_eval: {error}")
+        print(f"ipn_lmms_eval: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipn_core.errors import DataError
+from ipn_core.errors import DataError, UserError
 from ipn_core.evaluation.scoring import matches
 from ipn_core.images import load_image
 from ipn_core.tasks import Picture, open_task
@@ -56,14 +56,19 @@ def write_task(
         task: a task of `ipn plugins`, or a file of questions.
         folder: where to.
         split: of the task; by default what `ipn eval` asks.
-        limit: only the first questions.
+        limit: only the first questions, at least 1.
 
     Returns:
         Its name in lmms-eval: `ipn-` and the task's, or the file's without its ending.
 
     Raises:
+        UserError: the limit is below 1.
         DataError: there are no questions, or one is a dialogue.
     """
+    if limit is not None and limit < 1:
+        raise UserError(
+            f"limit must be at least 1, got {limit}: it is how many questions are written."
+        )
     opened = open_task(task)
     examples = list(islice(opened.examples(split or opened.default_split), limit))
     if not examples:
@@ -80,9 +85,9 @@ def write_task(
         shown = [_save(picture, where) for picture in example.images]
         row = {"question": example.question, "answers": example.answers, "type": example.type}
         lines.append(json.dumps({**row, "pictures": shown}, ensure_ascii=False) + "\n")
-    data = folder.absolute() / "questions.jsonl"
-    data.write_text("".join(lines), encoding="utf-8")
     name = f"ipn-{Path(task).stem}"
+    data = folder.absolute() / f"{name}.jsonl"
+    data.write_text("".join(lines), encoding="utf-8")
     longest = _ROOM + max(len(a.encode()) for example in examples for a in example.answers)
     text = _YAML.format(name=name, data=json.dumps(str(data)), longest=longest)
     (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
