@@ -33,8 +33,7 @@ def train(
     from ipn_core.memory import keep_freed_memory
     from ipn_core.processors import limit_threads
 
-    if out is not None:
-        check_folder("--out", out)
+    check_folder("--out", out or Path("runs") / config.stem)
     with quiet():
         from ipn_core.training.run import train as run
 

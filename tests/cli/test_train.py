@@ -52,6 +52,17 @@ def test_out_must_be_a_folder(
     assert tree(tmp_path) == before
 
 
+def test_the_folder_that_is_the_default_must_be_one_too(
+    tmp_path: Path, ipn: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("kept")
+    # The config does not exist either: had it been looked for, it would be what is missed.
+    reason = f"cannot be made: '{tmp_path / 'runs'}' is a file. Name a folder"
+    assert_refused(ipn("train", "a.yaml"), "--out 'runs/a' ", reason)
+    assert (tmp_path / "runs").read_text() == "kept"
+
+
 @pytest.mark.slow
 def test_the_module_that_launchers_start_is_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ipn_core.training", "none.yaml", "--out", "run"]
