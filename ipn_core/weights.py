@@ -7,6 +7,7 @@ user's mirror, proxy and certificates apply, and are never imported or run.
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
@@ -25,10 +26,10 @@ from email.message import Message
 from pathlib import Path
 from typing import IO
 
-from ipn_core.errors import ChecksumError, DownloadError
+from ipn_core.errors import ChecksumError, DownloadError, IPNError
 from ipn_core.files import lock, sha256_of
 
-__all__ = ["PackageFile", "Report", "Weights", "cache_dir"]
+__all__ = ["PackageFile", "Report", "Weights", "cache_dir", "cache_folder"]
 
 Report = Callable[[str, int, int | None], None]
 """Progress: what is being done, how many bytes are done, and of how many (None: not known)."""
@@ -49,6 +50,25 @@ def cache_dir() -> Path:
     shared = os.environ.get("XDG_CACHE_HOME", "")
     # A relative path there is invalid and to be ignored, says the XDG specification.
     return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "ipn"
+
+
+def cache_folder(name: str) -> Path:
+    """Return a folder in the cache that can be written; it is made where it is missing.
+
+    Raises:
+        IPNError: the system refuses.
+    """
+    folder = cache_dir() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise IPNError(
+            f"the cache '{folder}' cannot be written ({error.strerror}). Set IPN_CACHE to a folder "
+            "that can."
+        ) from error
+    return folder
 
 
 def silent(what: str, done: int, total: int | None) -> None:

@@ -353,6 +353,16 @@ def test_what_is_no_size_is_refused(
         FeatureCache(encoder(), tmp_path)
 
 
+def test_without_a_cache_that_can_be_written_it_does_not_start_unless_it_keeps_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("IPN_CACHE", str(tmp_path / "file"))
+    with pytest.raises(IPNError, match=r"file/features' cannot be written .*IPN_CACHE"):
+        FeatureCache(encoder())
+    assert len(FeatureCache(encoder(), size=0).add(pictures(2))) == 2
+
+
 # -- the first version's files ---------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from lessons import lesson_registry, stage
 from safetensors.torch import load_file, save_file
 from toys import pictures, toy_model
 
-from ipn_core.errors import ConfigError, DataError, UnknownNameError
+from ipn_core.errors import ConfigError, DataError, IPNError, UnknownNameError
 from ipn_core.features import VisualFeatures
 from ipn_core.model import IPN
 from ipn_core.plugins import Registry
@@ -247,3 +247,12 @@ def test_requests_are_constant_only_where_nothing_before_them_varies(registry: R
     assert not requests_are_constant(toy_model(registry, "static").requires_grad_(False))
     early = toy_model(registry, "tiny-look", layout={"order": ["look", "images", "text"]})
     assert not requests_are_constant(early.requires_grad_(False))
+
+
+def test_without_a_cache_that_can_be_written_none_starts(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("IPN_CACHE", str(tmp_path / "file"))
+    with pytest.raises(IPNError, match=r"file/requests' cannot be written .*IPN_CACHE"):
+        RequestCache(toy_model(registry, "tiny-look"), "digest")

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from ipn_core import weights
-from ipn_core.errors import ChecksumError, DownloadError
+from ipn_core.errors import ChecksumError, DownloadError, IPNError
 from ipn_core.files import atomic_folder
-from ipn_core.weights import PackageFile, Weights, cache_dir
+from ipn_core.weights import PackageFile, Weights, cache_dir, cache_folder
 
 CONTENT = bytes(range(256)) * 64
 HALF = len(CONTENT) // 2
@@ -212,6 +212,22 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert cache_dir() == Path.home() / ".cache" / "ipn"
     monkeypatch.setenv("IPN_CACHE", "~/own")
     assert cache_dir() == Path.home() / "own"
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_what_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IPN_CACHE", str(tmp_path / "own"))
+    assert cache_folder("some").is_dir()
+    can = "cannot be written .{}.. Set IPN_CACHE to a folder that can."
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: False)  # to root nothing is read-only
+        with pytest.raises(IPNError, match=f"own/some' {can.format('Permission denied')}$"):
+            cache_folder("some")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("IPN_CACHE", str(tmp_path / "file"))
+    with pytest.raises(IPNError, match=f"file/some' {can.format('Not a directory')}$"):
+        cache_folder("some")
 
 
 def test_the_tests_keep_out_what_the_developer_has_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from ipn_core.features import Box, VisualFeatures
 from ipn_core.files import claim, lock, make_folder
 from ipn_core.images import content_key, crop
 from ipn_core.training.shards import Entry, Shards, cache_size
-from ipn_core.weights import cache_dir
+from ipn_core.weights import cache_dir, cache_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,11 +76,14 @@ class FeatureCache:
 
         Raises:
             ConfigError: `IPN_CACHE_SIZE` is no size.
+            IPNError: the user's cache folder cannot be written.
         """
         self.encoder = encoder
         name = hashlib.sha256(encoder.fingerprint.encode()).hexdigest()[:16]
-        self.folder = (folder or cache_dir() / "features") / name
         self.size = cache_size() if size is None else size
+        if folder is None:  # which need not be there where nothing is kept
+            folder = cache_folder("features") if self.size else cache_dir() / "features"
+        self.folder = folder / name
         self.note = note
         self._shards = Shards(self.folder, encoder.width, self.size, note)
         self._full = self.size == 0

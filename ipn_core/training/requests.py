@@ -24,7 +24,7 @@ from ipn_core.tasks import Example
 from ipn_core.training.answers import Answers, Told, looking, targets
 from ipn_core.training.data import DataSource, Examples, prompt_of
 from ipn_core.training.shards import checksum
-from ipn_core.weights import cache_dir
+from ipn_core.weights import cache_folder
 
 if TYPE_CHECKING:
     from ipn_core.features import VisualFeatures
@@ -130,11 +130,14 @@ class RequestCache:
             folder: where caches lie, by default in the user's cache folder.
             answers: what looks before the last are told; None to keep first looks alone.
             note: is told which file was damaged.
+
+        Raises:
+            IPNError: the user's cache folder cannot be written.
         """
         assert model.requester is not None
         self.model = model
         self._note = note
-        self.folder = folder or cache_dir() / "requests"
+        self.folder = folder or cache_folder("requests")
         self.answers = answers if _injection_is_constant(model) else None
         read_with = [model.slots.request]
         read_with += [] if model.backbone.lora is None else model.backbone.lora.parameters()
