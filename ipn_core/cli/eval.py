@@ -97,6 +97,8 @@ def evaluate(
     from ipn_core.memory import keep_freed_memory
     from ipn_core.tasks import check_pictures, open_task
 
+    if against is not None and not against.strip():
+        raise UserError(f"--against '{against}' names no model. See 'ipn models list'.")
     paired = against is not None or against_interact is not None
     if paired and shuffled:
         raise UserError(

@@ -246,6 +246,9 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_loaded(
     assert_refused(
         ipn(*words, "--shuffled", "--against", "starter"), "--shuffled goes with no --against"
     )
+    for nothing in ("", " "):
+        refused = ipn(*words, "--against", nothing)
+        assert_refused(refused, f"--against '{nothing}' names no model. See 'ipn models")
     assert questions.read_text() == (home / "some.jsonl").read_text()
 
 
