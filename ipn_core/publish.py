@@ -116,9 +116,11 @@ def model_card(folder: Path, repository: str) -> str:
 def _files(folder: Path) -> Iterator[tuple[str, Path | bytes]]:
     """Return what belongs into the repository, by its path there."""
     if (folder / "model" / CONFIG).is_file() and (folder / TRAINING).is_file():
+        best = folder / _BEST
+        other = f", or '{best}' for the best one on its validation examples"
         raise UserError(
-            f"'{folder}' is a training. Push the model in it: '{folder / 'model'}', or '"
-            f"{folder / _BEST}' for the best one on its validation examples."
+            f"'{folder}' is a training. Push the model in it: '{folder / 'model'}'"
+            f"{other if config_path(best).is_file() else ''}."
         )
     parts = {folder, *strategies_of(folder).values()}
     for part in sorted(parts):

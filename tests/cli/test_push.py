@@ -171,7 +171,11 @@ def test_what_cannot_be_pushed_is_refused(
         ipn("push", trained / "none", "me/asks"), "none' is no folder. Give a checkpoint"
     )
     run = trained.parent
-    assert_refused(ipn("push", run, "me/asks"), f"'{run}' is a training. Push", f"'{trained}'")
+    refused = ipn("push", run, "me/asks")
+    assert_refused(refused, f"'{run}' is a training. Push", f"'{trained}'.")
+    shutil.copytree(trained, run / "best")
+    refused = ipn("push", run, "me/asks")
+    assert_refused(refused, f"'{trained}', or '{run / 'best'}' for the best one on its validation")
     (run / "empty").mkdir()
     assert_refused(ipn("push", run / "empty", "me/asks"), "is no model of ours")
     assert_refused(ipn("push", trained, "a/b/c"), "'a/b/c' is no name for a repository")
