@@ -2,7 +2,8 @@
 
     python -m benchmarks.evidence runs/compare
 
-What is kept is the report, its table of all numbers and its plots; no weights.
+What is kept is the report, its table of all numbers and its plots, and in `run` what each job trained
+and answered, from which a comparison goes on; no weights.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from pathlib import Path
 from benchmarks.pages import fill
 from ipn_core.comparison.report import SUMMARY
 
-__all__ = ["keep", "main", "summary"]
+__all__ = ["keep", "keep_run", "main", "summary"]
 
 ROOT = Path(__file__).parents[1]
 EVIDENCE = ROOT / "docs" / "evidence"
 SECTION = "comparison"
 REPORT = ("report.md", "report.html", "results.csv")
 PLOT = "accuracy.png"
+RUN = "run"
+_GOES_ON = ("compare.json", "first-token.json", "jobs/*/job.json", "jobs/*/result.json")
+"""What a comparison needs of itself to go on, of jobs that are done."""
 
 
 def keep(run: Path, into: Path) -> None:
@@ -41,6 +45,22 @@ def keep(run: Path, into: Path) -> None:
     into.mkdir(parents=True)
     for path in [*(run / name for name in REPORT), *sorted(run.glob("*.png"))]:
         shutil.copyfile(path, into / path.name)
+    keep_run(run, into / RUN)
+
+
+def keep_run(run: Path, into: Path) -> None:
+    """Copy what a comparison goes on from, of the jobs that are done.
+
+    Args:
+        run: the folder of the comparison, which may be unfinished.
+        into: replaced.
+    """
+    shutil.rmtree(into, ignore_errors=True)
+    for path in sorted(path for pattern in _GOES_ON for path in run.glob(pattern)):
+        if path.name != "job.json" or path.with_name("result.json").is_file():
+            kept = into / path.relative_to(run)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, kept)
 
 
 def summary(folder: Path, place: Path) -> str:

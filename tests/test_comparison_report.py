@@ -259,7 +259,9 @@ def test_what_is_kept_as_evidence_is_the_report_without_weights(
     keep(folder, into)
     kept = {path.name for path in into.iterdir()}
     assert {"report.md", "report.html", "results.csv", "accuracy.png"} <= kept
-    assert not any("weights" in name or "jobs" in name for name in kept)
+    assert not list(into.rglob("*.safetensors"))
+    results = {path.relative_to(folder) for path in folder.glob("jobs/*/result.json")}
+    assert {path.relative_to(into / "run") for path in into.rglob("result.json")} == results
     text = summary(into, tmp_path)
     assert text.startswith("**The request of `rvii` is used**: ")
     assert "| `static` | no | " in text
@@ -268,6 +270,23 @@ def test_what_is_kept_as_evidence_is_the_report_without_weights(
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"has no report.md, report.html, results.csv: finish"):
         keep(tmp_path / "empty", into)
+
+
+def test_what_an_unfinished_comparison_goes_on_from_is_its_jobs_that_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.evidence import keep_run
+
+    run, into = tmp_path / "run", tmp_path / "kept"
+    done = ["compare.json", "jobs/a/job.json", "jobs/a/result.json"]
+    for name in (*done, "jobs/a/eval-0.json", "jobs/a/train/model/config.json", "jobs/b/job.json"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(name)
+    for _ in range(2):
+        keep_run(run, into)
+        kept = {str(p.relative_to(into)): p.read_text() for p in into.rglob("*") if p.is_file()}
+        assert kept == {name: name for name in done}
 
 
 def test_the_readme_shows_the_summary_of_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
