@@ -2,8 +2,8 @@
 
     python -m benchmarks.evidence runs/compare
 
-What is kept is the report, its table of all numbers and its plots, and in `run` what each job trained
-and answered, from which a comparison goes on; no weights.
+What is kept is the report, its table of all numbers and its plots, and in `run` what each job
+trained and answered, from which a comparison goes on; no weights.
 """
 
 from __future__ import annotations

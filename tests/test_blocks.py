@@ -112,6 +112,9 @@ ELSEWHERE = {
     "ipn compare examples/compare.yaml --out runs/compare --resume": (
         "tests/test_comparison.py::test_going_on_with_a_comparison_that_is_done_trains_nothing"
     ),
+    "ipn compare CONFIG.yaml --out runs/mine --resume": (
+        "tests/test_comparison.py::test_an_arm_is_added_to_what_is_kept_of_a_comparison"
+    ),
     "ipn demo": "tests/demo/test_browser.py::"
     "test_a_dropped_picture_is_asked_and_the_map_follows_the_question",
     "ipn eval questions.jsonl --model runs/mine/model --against starter": (
@@ -165,9 +168,9 @@ NOT_GIVEN = {
     "test_the_report_holds_what_was_found": "--out",
     "test_some_of_the_arms_can_be_picked": "--arms --seeds --out",
     "test_going_on_with_a_comparison_that_is_done_trains_nothing": "--out",
+    "test_an_arm_is_added_to_what_is_kept_of_a_comparison": "--out --resume",
     "test_a_dropped_picture_is_asked_and_the_map_follows_the_question": "demo",
     "test_the_starter_is_served_until_it_is_told_to_end": "--model",
-    "test_the_command_writes_a_file_of_questions_and_says_what_is_wrong": "--limit",
     "test_it_answers_and_scores_as_ipn_eval_does": "--include_path --tasks",
     "test_accelerate_launch_gives_the_weights_of_one_process": (
         "--num_processes --num_machines --machine_rank --main_process_ip --main_process_port "

@@ -266,11 +266,10 @@ def test_what_is_damaged_in_a_job_is_named_with_what_to_remove(
     job = Job("one", str(tmp_path), {}, 0, {}, [], 1, 1)
     for path in (job.result, job.path):
         path.write_text(content)
-    with pytest.raises(
-        CheckpointError, match=rf"'{job.result}' is damaged \(.+\)\. Remove its fold"
-    ):
+    said = r"', kept of a comparison, is damaged \(.+\)\. Remove its folder, so that the job is"
+    with pytest.raises(CheckpointError, match=f"'{job.result}{said}"):
         job.found()
-    with pytest.raises(CheckpointError, match=rf"'{job.path}' is damaged \(.+\)\. Remove its fold"):
+    with pytest.raises(CheckpointError, match=f"'{job.path}{said}"):
         Job.read(job.path)
     with pytest.raises(CheckpointError, match=r"is damaged \(.+\)\. Do\.$"):
         read_kept(job.path, {"seed": int}, "Do.")
@@ -428,15 +427,14 @@ def test_going_on_with_a_comparison_that_is_done_trains_nothing(llm: Path, done:
 
 @pytest.mark.slow
 def test_a_comparison_grows_without_the_weights_of_what_is_done(
-    llm: Path, done: Path, tmp_path: Path
+    llm: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from benchmarks.evidence import keep_run
+
     moved = tmp_path / "moved"
-    for path in sorted(done.rglob("*.json")):
-        if path.name in ("compare.json", "first-token.json", "job.json", "result.json"):
-            kept = moved / path.relative_to(done)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_bytes(path.read_bytes())
-            assert str(done) not in kept.read_text()
+    keep_run(done, moved)
+    assert not any(str(done) in path.read_text() for path in moved.rglob("*.json"))
     before = {path: path.read_bytes() for path in moved.rglob("result.json")}
     comparison({**comparing(llm), "seeds": 2}, moved, resume=True).run()
     assert {path: path.read_bytes() for path in before} == before
@@ -447,6 +445,25 @@ def test_a_comparison_grows_without_the_weights_of_what_is_done(
     assert (moved / "first-token.json").read_text() == timed
     for ratio in json.loads(timed).values():
         assert ratio["spread"] in (moved / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_an_arm_is_added_to_what_is_kept_of_a_comparison(
+    llm: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from benchmarks.evidence import keep_run
+
+    keep_run(done, tmp_path / "mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("result.json")}
+    values = comparing(llm)
+    values["arms"]["plain"] = changed(values["arms"]["static"], "model.perceive.norm", False)
+    comparison(values, tmp_path / "mine", resume=True).run()
+    assert {path: path.read_bytes() for path in before} == before
+    trained = {path.parent.parent.name for path in tmp_path.rglob("train/model")}
+    assert trained == {"plain-k2-seed0"}
+    text = (tmp_path / "mine" / "report.md").read_text()
+    assert "| colours test | `static` | `plain` | " in text
 
 
 def test_some_of_the_arms_can_be_picked(llm: Path) -> None:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ipn_core.comparison.config import EvaluationConfig
 from ipn_core.comparison.kept import read_kept, write_kept
-from ipn_core.errors import CheckpointError, ConfigError
+from ipn_core.errors import ConfigError
 from ipn_core.evaluation.evaluate import evaluate
 from ipn_core.files import lock, make_folder, remove_unfinished
 from ipn_core.memory import keep_freed_memory
@@ -44,6 +44,15 @@ RESULT = "result.json"
 _FLOP_STEPS = 2
 """Steps of a stage that are counted."""
 _ANEW = "Remove its folder, so that the job is done anew."
+_JOB = {
+    "name": str,
+    "arm": dict,
+    "seed": int,
+    "training": dict,
+    "evaluate": list,
+    "batch_size": int,
+    "threads": int,
+}
 _SCORE = {"right": list, "types": list, "pictures": list, "cpu_s": float}
 _PARTS: dict[str, dict[str, type]] = {
     "trained": {"peak_memory": int, "examples_per_s": dict, "cpu_s": float},
@@ -140,11 +149,8 @@ class Job:
         Raises:
             CheckpointError: it is damaged.
         """
-        values = read_kept(path, {}, _ANEW)
-        try:
-            return cls(folder=str(path.parent.absolute()), **values)
-        except TypeError as error:
-            raise CheckpointError(f"'{path}' is damaged ({error}). {_ANEW}") from None
+        values = read_kept(path, _JOB, _ANEW)
+        return cls(folder=str(path.parent.absolute()), **{key: values[key] for key in _JOB})
 
 
 def run_job(job: Job, registry: Registry | None = None) -> None:

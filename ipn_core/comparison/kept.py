@@ -36,8 +36,9 @@ def read_kept(path: Path, kinds: Mapping[str, type], cure: str) -> dict[str, Any
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         wrong = [key for key, kind in kinds.items() if not isinstance(found[key], kind)]
+        why = ", ".join(wrong) if isinstance(found, dict) else "it is no object"
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"'{path}' is damaged ({type(error).__name__}). {cure}") from None
-    if wrong or not isinstance(found, dict):
-        raise CheckpointError(f"'{path}' is damaged ({', '.join(wrong) or 'no object'}). {cure}")
-    return found
+        why = type(error).__name__
+    if why:
+        raise CheckpointError(f"'{path}', kept of a comparison, is damaged ({why}). {cure}")
+    return dict(found)
