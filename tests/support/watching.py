@@ -56,7 +56,9 @@ def check_loss(model: IPN, taught: Sequence[Any], loss: torch.Tensor, count: int
     mine, expected = gradients(model, loss), gradients(model, total)
     largest = max(g.abs().max() for g in expected.values())
     for name, gradient in expected.items():
-        assert (mine[name] - gradient).abs().max() <= 1e-5 * largest, name
+        # A gate's is a sum over all positions and channels that nearly cancels: without AVX-512,
+        # which adds up in another order, 1.6e-5 was seen.
+        assert (mine[name] - gradient).abs().max() <= 3e-5 * largest, name
 
 
 def check_against_two_passes(model: IPN, batch: int, rounds: int, images: int) -> None:
