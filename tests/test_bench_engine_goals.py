@@ -6,10 +6,13 @@ something else for a while must not fail a change. `LEFT` is what only `make ben
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ipn_core.benchmarking.engine import decoding, subjects
 from ipn_core.benchmarking.engine.report import text
@@ -17,6 +20,7 @@ from ipn_core.benchmarking.engine.table import ROWS, Session, measure
 from ipn_core.benchmarking.engine.timing import threads
 from ipn_core.testing.tiny import tiny_backbone
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 SLACK = 0.2
 Tries = tuple[int | None, ...]
 TRIES: Tries = (None, 8, 16)
@@ -38,6 +42,16 @@ LEFT = {
     "two shorter prefixes show what could break",
 }
 """By row, why it is not measured here; `benchmarks/bench_training.py` is left as well."""
+
+
+def kept_capabilities() -> set[str]:
+    """The kinds of CPU, as torch names them, whose results the documents show."""
+    kept = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+    return {str(part["about"]["capability"]) for one in kept for part in one["sections"].values()}
+
+
+def test_the_kinds_of_cpu_that_results_are_kept_of_are_known() -> None:
+    assert "AVX512" in kept_capabilities()
 
 
 def broken(row: str, session: Session, tries: Sequence[int | None]) -> str | None:
@@ -96,6 +110,11 @@ def session() -> Session:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in kept_capabilities(),
+    reason="the goals are those of a kind of CPU that results are kept of; without AVX-512 these "
+    "rows take a sixth of an hour: python -m pytest benchmarks/bench_engine.py",
+)
 @pytest.mark.parametrize("row", HELD)
 def test_no_ratio_breaks_its_goal_by_more_than_a_fifth(session: Session, row: str) -> None:
     with threads(None):
