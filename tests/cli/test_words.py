@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 import time
@@ -94,7 +93,8 @@ def test_help_is_as_quick_as_that_of_an_empty_app() -> None:
                 [sys.executable, "-c", call, "--help"], check=True, stdout=subprocess.DEVNULL
             )
             taken.append(time.perf_counter() - start)
-    ratio = statistics.median(times[ours]) / statistics.median(times[empty])
+    # The quickest of each: tests beside this one can only make a call slower.
+    ratio = min(times[ours]) / min(times[empty])
     assert ratio <= 1.5, f"{ratio:.2f} times the help of an empty app"
 
 
