@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ DIMS = Dims(Dv=12, D_in=20, D_hidden=(14, 14), D_out=14, K=3, D_request=14)
 GUIDE = {"width": 8, "tallies": 2, "frequencies": 3}
 GRIDS = ((2, 3), (4, 4), (1, 5), (3, 2))
 
-both = pytest.mark.parametrize("guide", [None, GUIDE, {**GUIDE, "tallies": 0}])
+SEES = {**GUIDE, "seen": True, "near": 1.5}
+
+both = pytest.mark.parametrize("guide", [None, GUIDE, {**GUIDE, "tallies": 0}, SEES])
 
 
 class TestRVII(InteractionContract):
@@ -34,6 +37,10 @@ class TestRVII(InteractionContract):
 
 class TestGuidedRVII(TestRVII):
     options = {**TestRVII.options, "guide": GUIDE}  # noqa: RUF012 as declared
+
+
+class TestSeeingRVII(TestRVII):
+    options = {**TestRVII.options, "guide": SEES}  # noqa: RUF012 as declared
 
 
 def build(guide: dict[str, Any] | None = None, R: int = 1, **more: Any) -> RVII:
@@ -216,11 +223,48 @@ def test_evidence_says_how_similar_the_most_similar_patches_are() -> None:
         shown = torch.nn.functional.normalize(torch.randn(16, 8), dim=-1)
         shown -= (shown @ unit)[:, None] * unit
         shown[3] = cosine * unit + (1 - cosine**2) ** 0.5 * shown[3] / shown[3].norm()
-        similarity = guide._similarity(asked, shown, seen)
+        similarity = guide._similarity(asked, seen.spread(guide.image(shown)))
         assert similarity.max().item() == pytest.approx(16 * cosine, rel=1e-4)
         found.append(guide._evidence(similarity, seen.mask))
     assert (found[0] - found[1]).abs().max() > 1e-3
     assert (found[1] - found[2]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_what_is_seen_is_what_the_maps_show_in_the_shared_space() -> None:
+    # With every weight of the other findings at 0 a finding is that alone.
+    guide, asked, seen = build(SEES).guide, torch.randn(2, 16), features((0,), (1, 3))
+    told = guide(asked, seen)
+    for layer in (guide.evidence_in, guide.count_in):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    found = guide(asked, seen)
+    assert torch.equal(found.log_maps, told.log_maps)
+    assert not torch.equal(found.findings, told.findings)
+    patches, mask = seen.padded()
+    for row in range(2):
+        shown = guide.image(guide.patch_in(patches[row][mask[row]])) * 8**0.5
+        maps = found.log_maps[row, :, mask[row]].exp() - 1e-4
+        expected = guide.seen_in((maps @ shown).flatten())
+        torch.testing.assert_close(found.findings[row, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_second_look_begins_near_the_first() -> None:
+    asked, seen = torch.zeros(1, 16), features((1,))
+    kept = {}
+    for near in (0.0, 1.5):
+        guide = RVII(RVIIConfig.parse({"width": 16, "guide": {**GUIDE, "near": near}}, "x"), DIMS)
+        first = torch.zeros(1, 16)
+        first[0, 5] = 1.0
+        kept[near] = guide.guide._moved(first, asked, seen).reshape(4, 4)
+    torch.testing.assert_close(kept[0.0], torch.full((4, 4), 1 / 16))
+    near = kept[1.5]
+    assert near.sum().item() == pytest.approx(1)
+    # A quarter of a side down, and half a side down and right.
+    for place, cosines in (((2, 1), 1 + 0.5**0.5), ((3, 3), 0.0)):
+        ratio = math.exp(1.5 * (2 - cosines))
+        assert (near[1, 1] / near[place]).item() == pytest.approx(ratio, rel=1e-4)
 
 
 @both
@@ -340,6 +384,8 @@ def test_configs_that_cannot_be_are_refused() -> None:
         build(widht=3)
     with pytest.raises(ConfigError, match=r"interact\.guide\.talies"):
         build({"talies": 3})
+    with pytest.raises(ConfigError, match="'near' needs 'frequencies' of at least 2"):
+        build({"frequencies": 1, "near": 1.0})
 
 
 @both

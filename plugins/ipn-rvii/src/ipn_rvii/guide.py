@@ -4,17 +4,20 @@ Ours, not the paper's. A look is the product of what the request names (cosine s
 that text and patches share) and of where it says to look; a second look is the first one moved by a
 step that the request gives ("left of"). A softmax over patches says where, and neither whether nor
 how many: the evidence is how similar the most similar patches are, and a tally adds up, over all
-patches, how much each is of a kind.
+patches, how much each is of a kind. What is there may be told as well, in the space that text and
+patches share: a linear layer reads it long before the blocks have learned to, and from then on the
+loss says which look was the right one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ipn_core import Config, VisualFeatures
@@ -39,11 +42,23 @@ class GuideConfig(Config):
         width: of the space that text and patches share.
         frequencies: cosines a side in the code of places and steps.
         tallies: kinds that are added up, 0 for none.
+        seen: whether the findings tell what the maps look at, in the shared space.
+        near: how far the second look begins beside the first: a step `s`, of 1 for the whole side,
+            has the logit `near · cos(π s)` on each side before training; 0 for every step alike.
+            A step of none and its neighbours are what is learned from first.
     """
 
     width: int = Field(default=128, ge=4, le=4096)
     frequencies: int = Field(default=8, ge=1, le=64)
     tallies: int = Field(default=8, ge=0, le=256)
+    seen: bool = False
+    near: float = Field(default=0.0, ge=0, le=16)
+
+    @model_validator(mode="after")
+    def _has_a_wave(self) -> Self:
+        if self.near and self.frequencies < 2:
+            raise ValueError("'near' needs 'frequencies' of at least 2: the first is constant")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +67,7 @@ class Guided:
 
     Attributes:
         log_maps: (B, 2, P) logarithms of the first and the moved look.
-        findings: (B, 1, W) a token that carries the evidence and the tallies.
+        findings: (B, 1, W) a token that carries the evidence, the tallies and what is seen.
     """
 
     log_maps: Tensor
@@ -88,9 +103,14 @@ class Guide(nn.Module):
             )
             self.threshold = nn.Parameter(torch.full((config.tallies,), -8.0))
             self.count_in = nn.Linear(config.tallies * _Counts.codes, width)
+        if config.seen:
+            self.seen_in = nn.Linear(self.maps * config.width, width)
         for layer in (self.where, self.step):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
+        if config.near:
+            with torch.no_grad():
+                self.step.bias.view(2, 2, -1)[0, :, 1] = config.near
 
     def forward(self, asked: Tensor, features: VisualFeatures) -> Guided:
         """Guide with (B, W) requests."""
@@ -98,14 +118,17 @@ class Guide(nn.Module):
         mask = features.mask
         positions = features.positions()
         gate = self.how_named(asked).sigmoid() * 2
-        similarity = self._similarity(asked, patches, features)
+        image = self.image(patches)
+        shown = features.spread(image)
+        similarity = self._similarity(asked, shown)
         logits = gate * similarity
         codes = cosines(positions, self.config.frequencies).to(asked.dtype)
         logits = logits + torch.einsum("bf,bpf->bp", self.where(asked), codes)
         first = logits.masked_fill(~mask, -1e4).softmax(-1)
         moved = self._moved(first, asked, features)
         maps = torch.stack([first, moved], dim=1)
-        findings = self._evidence(similarity, mask) + self._tally(asked, patches, features)
+        findings = self._evidence(similarity, mask) + self._tally(asked, image, features)
+        findings = findings + self._seen(maps, shown)
         return Guided((maps + _FLOOR).log(), findings.unsqueeze(1))
 
     def text(self, asked: Tensor) -> Tensor:
@@ -116,8 +139,7 @@ class Guide(nn.Module):
         """Return what mapped patches show, (N, w) unit vectors."""
         return F.normalize(self.patch_out(patches), dim=-1)
 
-    def _similarity(self, asked: Tensor, patches: Tensor, features: VisualFeatures) -> Tensor:
-        shown = features.spread(self.image(patches))
+    def _similarity(self, asked: Tensor, shown: Tensor) -> Tensor:
         return _SHARPNESS * torch.einsum("bw,bpw->bp", self.text(asked), shown)
 
     def _moved(self, first: Tensor, asked: Tensor, features: VisualFeatures) -> Tensor:
@@ -184,15 +206,23 @@ class Guide(nn.Module):
         told: Tensor = self.evidence_in(bumps)
         return told
 
-    def _tally(self, asked: Tensor, patches: Tensor, features: VisualFeatures) -> Tensor | float:
+    def _seen(self, maps: Tensor, shown: Tensor) -> Tensor | float:
+        """Say (B, W) what maps (B, 2, P) look at, of what patches (B, P, w) show."""
+        if not self.config.seen:
+            return 0.0
+        seen = torch.einsum("bmp,bpw->bmw", maps, shown) * self.config.width**0.5
+        told: Tensor = self.seen_in(seen.flatten(1))
+        return told
+
+    def _tally(self, asked: Tensor, image: Tensor, features: VisualFeatures) -> Tensor | float:
         count = self.config.tallies
         if not count:
             return 0.0
         kinds = F.normalize(self.kinds(asked).unflatten(-1, (count, -1)), dim=-1)
         # What patches show, in the space in which they were aligned with what requests name.
-        shown = self.image(patches) * self.config.width**0.5
-        image = features.spread(F.normalize(self.kind_patch(shown), dim=-1))
-        scores = 2 * _SHARPNESS * torch.einsum("bkw,bpw->bkp", kinds, image)
+        shown = image * self.config.width**0.5
+        kind = features.spread(F.normalize(self.kind_patch(shown), dim=-1))
+        scores = 2 * _SHARPNESS * torch.einsum("bkw,bpw->bkp", kinds, kind)
         are = (scores + self.threshold[:, None]).sigmoid()
         totals = are.masked_fill(~features.mask.unsqueeze(1), 0).sum(-1)
         told: Tensor = self.count_in(_Counts.code(totals))
