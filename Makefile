@@ -93,9 +93,7 @@ test-gpu: cuda
 compare: $(STAMP)
 	@$(BIN)/ipn models pull smollm2-135m-instruct
 	$(BIN)/ipn compare examples/compare.yaml --arms static --seeds 1 --out runs/compare-reduced --resume \
-	  sweep=null data.0.options="{scenes: 1000}" data.1.limit=3000 \
-	  stages.answer.steps=300 stages.instruct.steps=30 \
-	  evaluate.0.limit=300 evaluate.1.limit=150 evaluate.2.limit=150 evaluate.3.limit=150
+	  sweep=null data.0.options="{scenes: 1000}" data.1.limit=3000
 
 # The documents are filled also where a benchmark fails: its row says so.
 MEASURE = $(BIN)/python -m pytest benchmarks --benchmark-quiet --timeout 7200 --results $(RESULTS)
