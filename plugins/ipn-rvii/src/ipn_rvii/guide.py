@@ -43,9 +43,8 @@ class GuideConfig(Config):
         frequencies: cosines a side in the code of places and steps.
         tallies: kinds that are added up, 0 for none.
         seen: whether the findings tell what the maps look at, in the shared space.
-        near: how far the second look begins beside the first: a step `s`, of 1 for the whole side,
-            has the logit `near · cos(π s)` on each side before training; 0 for every step alike.
-            A step of none and its neighbours are what is learned from first.
+        near: how close to the first look the second begins: before training a step `s`, of 1 for
+            the whole side, has the logit `near · cos(π s)` on each side; at 0 all steps are alike.
     """
 
     width: int = Field(default=128, ge=4, le=4096)
