@@ -109,6 +109,11 @@ ELSEWHERE = {
     "ipn compare examples/compare.yaml --arms rvii,static --seeds 1 --out runs/compare": (
         "tests/test_comparison.py::test_some_of_the_arms_can_be_picked"
     ),
+    "ipn compare examples/compare.yaml --arms rvii-constant --seeds 1 --out runs/control "
+    "sweep=null 'evaluate=[{task: emoji-scenes, split: val, limit: 300, shuffled: true}]' "
+    "'stages.2.rates={perceive: 4}' 'stages.3.rates={perceive: 4}'": (
+        "tests/cli/test_compare.py::test_the_control_can_be_trained_at_rates_of_its_own"
+    ),
     "ipn compare examples/compare.yaml --out runs/compare --resume": (
         "tests/test_comparison.py::test_going_on_with_a_comparison_that_is_done_trains_nothing"
     ),

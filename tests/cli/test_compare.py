@@ -36,25 +36,14 @@ register = LessonPlugin().register
 COMMAND = "import sys; from ipn_core.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-def test_flags_choose_arms_seeds_executor_and_folder(
-    ipn: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    calls: list[tuple[Any, ...]] = []
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any, ...]]:
+    """What comparisons are made of, in a folder of their own and on 3 CPUs; none is run."""
+    made: list[tuple[Any, ...]] = []
 
     class Recorded:
         def __init__(self, config: CompareConfig, folder: Path, **more: Any) -> None:
-            executor = more["executor"]
-            calls.append(
-                (
-                    list(config.arms),
-                    config.seeds,
-                    config.dynamic,
-                    folder,
-                    more["resume"],
-                    type(executor).__name__,
-                    executor.workers,
-                )
-            )
+            made.append((config, folder, more["resume"], more["executor"]))
 
         def run(self) -> Path:
             return Path("there/report.md")
@@ -63,14 +52,40 @@ def test_flags_choose_arms_seeds_executor_and_folder(
     monkeypatch.setattr("ipn_core.comparison.executors.allowed_cpus", lambda: Allowed(3, "here"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.chdir(tmp_path)
+    return made
+
+
+def test_flags_choose_arms_seeds_executor_and_folder(
+    ipn: Callable[..., Run], calls: list[tuple[Any, ...]]
+) -> None:
     assert ipn("compare", EXAMPLE).out == "there/report.md\n"
     words = ("--arms", "film", "--seeds", "2", "--resume", "--out", "here", "--workers", "5")
     assert ipn("compare", EXAMPLE, "dynamic=8", *words).code == 0
     every = ["rvii", "film", "resampler", "static"]
-    assert calls == [
-        (every, 3, 4, Path("runs/compare"), False, "Local", 3),
-        (["rvii", "film"], 2, 8, Path("here"), True, "Local", 5),
+    found = [
+        (list(config.arms), config.seeds, config.dynamic, folder, resume, type(how).__name__)
+        for config, folder, resume, how in calls
     ]
+    assert found == [
+        (every, 3, 4, Path("runs/compare"), False, "Local"),
+        (["rvii", "film"], 2, 8, Path("here"), True, "Local"),
+    ]
+    assert [how.workers for *_, how in calls] == [3, 5]
+
+
+def test_the_control_can_be_trained_at_rates_of_its_own(
+    ipn: Callable[..., Run], calls: list[tuple[Any, ...]]
+) -> None:
+    words = ("--arms", "rvii-constant", "--seeds", "1", "--out", "runs/control", "sweep=null")
+    asked = "evaluate=[{task: emoji-scenes, split: val, limit: 300, shuffled: true}]"
+    rates = ("stages.2.rates={perceive: 4}", "stages.3.rates={perceive: 4}")
+    assert ipn("compare", EXAMPLE, *words, asked, *rates).code == 0
+    ((config, folder, *_),) = calls
+    assert (list(config.arms), config.sweep, folder) == (["rvii"], None, Path("runs/control"))
+    assert [(e.task, e.split, e.limit, e.shuffled) for e in config.evaluate] == [
+        ("emoji-scenes", "val", 300, True)
+    ]
+    assert [stage.rates for stage in config.stages[2:]] == [{"perceive": 4}] * 2
 
 
 @pytest.mark.parametrize(
