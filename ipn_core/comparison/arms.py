@@ -92,10 +92,30 @@ class Arms:
             for dynamic in sweep.dynamic:
                 if dynamic != self.config.dynamic:
                     made += self._arms(sweep.arms, dynamic)
-        missed = [why for pattern, why in self._missed.items() if pattern not in self._found]
-        if missed and self.config.is_whole:
+        if self._unknown() and not self._look_into_others():
+            return made
+        if missed := self._unknown():
             raise ConfigError(f"a stage names what no arm has: {missed[0]}")
         return made
+
+    def _unknown(self) -> list[str]:
+        """Say what stages name and no arm has been found to have."""
+        return [why for pattern, why in self._missed.items() if pattern not in self._found]
+
+    def _look_into_others(self) -> bool:
+        """Find what the arms that were left out have of what stages name; False if none can say.
+
+        Such an arm may be left out because what it is made of is not installed.
+        """
+        dynamic = self.config.dynamic
+        try:
+            for name, arm in self.config.others.items():
+                base = self._model(arm, dynamic, self._target(dynamic)[0], control=False)
+                _write(base, arm.width, arm.multiple)  # parts have their names at any width
+                self._count(self._build(base, name))
+        except ConfigError:
+            return False
+        return True
 
     def _arms(self, names: Sequence[str], dynamic: int) -> list[Arm]:
         target = self._target(dynamic)

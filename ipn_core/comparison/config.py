@@ -165,12 +165,12 @@ class CompareConfig(Config):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     save_every: int = Field(default=25, ge=1)
 
-    _part: bool = PrivateAttr(default=False)
+    _others: dict[str, ArmConfig] = PrivateAttr(default_factory=dict)
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all arms of the config are there; what a stage names may be others'."""
-        return not self._part
+    def others(self) -> dict[str, ArmConfig]:
+        """Arms that `only` has left out; what a stage names may be theirs."""
+        return self._others
 
     @property
     def control(self) -> str:
@@ -193,7 +193,8 @@ class CompareConfig(Config):
             kept = tuple(name for name in sweep.arms if name in (*arms, self.control))
             sweep = sweep.model_copy(update={"arms": kept}) if kept else None
         part = self.model_copy(update={"arms": arms, "sweep": sweep})
-        part._part = part._part or arms.keys() != self.arms.keys()
+        left = {k: arm for k, arm in self.arms.items() if k not in arms}
+        part._others = {**self._others, **left}
         return part
 
     @model_validator(mode="after")
