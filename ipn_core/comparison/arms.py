@@ -92,9 +92,8 @@ class Arms:
             for dynamic in sweep.dynamic:
                 if dynamic != self.config.dynamic:
                     made += self._arms(sweep.arms, dynamic)
-        if self._unknown() and not self._look_into_others():
-            return made
-        if missed := self._unknown():
+        budget = made[0].tokens
+        if self._unknown() and self._look_into_others(budget) and (missed := self._unknown()):
             raise ConfigError(f"a stage names what no arm has: {missed[0]}")
         return made
 
@@ -102,15 +101,15 @@ class Arms:
         """Say what stages name and no arm has been found to have."""
         return [why for pattern, why in self._missed.items() if pattern not in self._found]
 
-    def _look_into_others(self) -> bool:
-        """Find what the arms that were left out have of what stages name; False if none can say.
+    def _look_into_others(self, budget: int) -> bool:
+        """Find what the arms that were left out have of what stages name, with so many tokens.
 
-        Such an arm may be left out because what it is made of is not installed.
+        False if one of them cannot be built: it may have what nothing else has, and be left out
+        because what it is made of is not installed.
         """
-        dynamic = self.config.dynamic
         try:
             for name, arm in self.config.others.items():
-                base = self._model(arm, dynamic, self._target(dynamic)[0], control=False)
+                base = self._model(arm, self.config.dynamic, budget, control=False)
                 _write(base, arm.width, arm.multiple)  # parts have their names at any width
                 self._count(self._build(base, name))
         except ConfigError:
