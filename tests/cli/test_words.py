@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -84,17 +85,21 @@ def test_help_is_as_quick_as_that_of_an_empty_app() -> None:
         f"@app.command('{c}')\ndef {c}(): 'Do it.'\n" for c in COMMANDS
     )
     ours = "import sys; from ipn_core.cli import main; sys.exit(main())"
-    times: dict[str, list[float]] = {empty: [], ours: []}
-    for _ in range(7):
-        for code, taken in times.items():
+    quickest = {empty: math.inf, ours: math.inf}
+    # The quickest of each: tests beside this one can only make a call slower. They do so for
+    # minutes at a time, so calls go on until both have had an undisturbed one, or until forty
+    # of each say that there is none to be had.
+    for calls in range(1, 41):
+        for code in quickest:
             call = code + ("app()" if code is empty else "")
             start = time.perf_counter()
             subprocess.run(
                 [sys.executable, "-c", call, "--help"], check=True, stdout=subprocess.DEVNULL
             )
-            taken.append(time.perf_counter() - start)
-    # The quickest of each: tests beside this one can only make a call slower.
-    ratio = min(times[ours]) / min(times[empty])
+            quickest[code] = min(quickest[code], time.perf_counter() - start)
+        ratio = quickest[ours] / quickest[empty]
+        if calls >= 7 and ratio <= 1.5:
+            break
     assert ratio <= 1.5, f"{ratio:.2f} times the help of an empty app"
 
 
