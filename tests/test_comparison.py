@@ -6,6 +6,7 @@ import copy
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -45,6 +46,12 @@ def changed(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         inner = inner[int(key)] if isinstance(inner, list) else inner[key]
     inner[last] = value
     return new
+
+
+def asked(folder: Path) -> set[int]:
+    """How many questions the jobs have answered."""
+    found = [json.loads(path.read_text()) for path in folder.rglob("result.json")]
+    return {len(score["right"]) for one in found for score in one["scores"]}
 
 
 @pytest.fixture(scope="module")
@@ -381,6 +388,26 @@ def test_going_on_with_a_comparison_that_is_done_trains_nothing(llm: Path, done:
     assert made.count("ipn compare comparing.yaml --resume") == 1
     assert model.stat().st_mtime_ns == before
     assert (done / "results.csv").read_text() == rows
+
+
+@pytest.mark.slow
+def test_what_is_asked_may_change_while_there_are_weights_to_ask(
+    llm: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from benchmarks.evidence import keep_run
+
+    keep_run(done, tmp_path / "kept")
+    shutil.copytree(done, tmp_path / "whole")
+    values = changed(comparing(llm), "evaluate.0.limit", 3)
+    with pytest.raises(ConfigError, match="was asked other questions, and its weights are gone"):
+        comparison(values, tmp_path / "kept", resume=True).run()
+    assert asked(tmp_path / "kept") == asked(done)
+    weights = {p: p.read_bytes() for p in (tmp_path / "whole").rglob("model.safetensors")}
+    comparison(values, tmp_path / "whole", resume=True).run()
+    assert {p: p.read_bytes() for p in weights} == weights
+    assert asked(tmp_path / "whole") == {3}
+    assert "too few for intervals that can be trusted" in (tmp_path / "whole/report.md").read_text()
 
 
 @pytest.mark.slow

@@ -36,8 +36,7 @@ def answered(share: float, seed: int, shuffled: bool) -> dict[str, Any]:
         "task": "colours",
         "split": "test",
         "shuffled": shuffled,
-        "guess": 0.25 if shuffled else None,
-        "guess_by_type": {"cell": 0.2, "exist": 0.3} if shuffled else {},
+        "guess_by_type": {"cell": 0.2, "exist": 0.3},
         "seconds": 1.0,
         "types": ["cell", "exist"] * 100,
         "pictures": [[str(i // 4)] for i in range(200)],
@@ -238,14 +237,17 @@ def test_times_of_an_earlier_version_are_shown_as_they_are(tmp_path: Path) -> No
     ]
 
 
-def test_the_summary_has_every_arm_and_the_requests_of_others(report: str) -> None:
-    header, _, *rows = table(report, "In short")
+def test_the_summary_has_every_arm_the_requests_of_others_and_guessing(report: str) -> None:
+    header, _, *rows, foreign, guessed = table(report, "In short")
     assert header == ["arm", "asks", "colours test"]
-    assert [row[0] for row in rows[:-1]] == [f"`{name}`" for name in SHARES]
-    assert [row[1] for row in rows] == ["yes", "no", "yes", "no", "in vain"]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in SHARES]
+    assert [row[1] for row in rows] == ["yes", "no", "yes", "no"]
     by_type = {row[0]: row for row in table(report, "Accuracy on colours, split test")}
-    assert all(row[2] in by_type[row[0]] for row in rows[:-1])
-    assert float(rows[-1][2].split()[0]) < 35
+    assert all(row[2] in by_type[row[0]] for row in rows)
+    assert foreign[1] == "in vain"
+    assert float(foreign[2].split()[0]) < 35
+    assert guessed[1:] == ["no", "25.0"]
+    assert by_type[guessed[0]][1:] == ["25.0", "20.0", "30.0"]
 
 
 def test_what_is_kept_as_evidence_is_the_report_without_weights(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 
 from ipn_core import IPN, Example, Picture, hookimpl
 from ipn_core.errors import DataError, GenerationOptionError, UserError
+from ipn_core.evaluation.choosing import choose_questions
 from ipn_core.evaluation.evaluate import evaluate
 from ipn_core.evaluation.pictures import PictureCache
 from ipn_core.evaluation.scoring import guess, matches, normalise
@@ -343,3 +345,17 @@ def test_an_answer_may_be_as_long_as_the_tasks_longest(
     evaluate(model, [replace(e, answers=("yes", long)) for e in examples])
     evaluate(model, examples, max_new_tokens=3)
     assert asked == [8, tokens + 4, 3]
+
+
+def test_few_questions_about_many_pictures_are_of_all_types() -> None:
+    pool = [
+        Example("What?", ("this",), (shown,), kind)
+        for shown in map(picture, range(10))
+        for kind in "abcde"
+    ]
+    asked = choose_questions(pool, 10, 2)
+    assert Counter(example.type for example in asked) == dict.fromkeys("abcde", 2)
+    assert [example.images[0].name for example in asked] == [f"picture {n // 2}" for n in range(10)]
+    assert choose_questions(pool, 7) == pool[:7]
+    assert choose_questions(pool, per_picture=9) == pool
+    assert choose_questions(pool[:5] + pool[5:7], None, 3) == [*pool[:3], *pool[5:7]]

@@ -34,8 +34,6 @@ __all__ = ["evaluate"]
 INTERVAL = "95 % interval"
 SMALLEST_P = 1e-4
 """Smaller ones are shown as below it."""
-FEW_PICTURES = 20
-"""Of fewer, an interval from resampling them is too narrow too often to be trusted."""
 
 
 def evaluate(
@@ -175,12 +173,14 @@ def _print_report(report: Report, model: str, against: Against | None) -> None:
 
 
 def _print_difference(console: Console, against: Against) -> None:
+    from ipn_core.evaluation.statistics import FEW_CLUSTERS
+
     columns = ["difference", INTERVAL, "only first", "only other", "p"]
     rows = [_difference(pairs) for pairs in (*against.by_type.values(), against.whole)]
     console.print(_table("first minus other, in points", columns, list(against.by_type), rows))
     count = against.whole.clusters
     what = f"{count:,} pictures" if count > 1 else "the questions about one picture"
-    doubt = ", too few to trust it" if count < FEW_PICTURES else ""
+    doubt = ", too few to trust it" if count < FEW_CLUSTERS else ""
     console.print(f"interval: from resampling {what}{doubt}")
     console.print("p: McNemar's exact test, which takes questions as independent")
 

@@ -107,7 +107,9 @@ class EvaluationConfig(Config):
         task: a name that `ipn plugins` lists, or a JSONL file.
         split: of the task; None for its test split.
         options: of the task.
-        limit: ask only the first so many; None for all.
+        limit: ask only so many; None for all.
+        per_picture: ask only so many about the same pictures, of every picture other ones, so that
+            `limit` is of more pictures; None for all.
         shuffled: whether arms that ask are also asked with the requests of other questions.
     """
 
@@ -115,6 +117,7 @@ class EvaluationConfig(Config):
     split: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     limit: int | None = Field(default=None, ge=1)
+    per_picture: int | None = Field(default=None, ge=1)
     shuffled: bool = False
 
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ipn_core.comparison.config import EvaluationConfig
 from ipn_core.comparison.kept import read_kept, write_kept
 from ipn_core.errors import ConfigError
+from ipn_core.evaluation.choosing import choose_questions
 from ipn_core.evaluation.evaluate import evaluate
 from ipn_core.files import lock, make_folder, remove_unfinished
 from ipn_core.memory import keep_freed_memory
@@ -41,6 +42,7 @@ __all__ = ["Job", "run_job", "run_job_in_own_process"]
 
 JOB = "job.json"
 RESULT = "result.json"
+MODEL = Path("train") / "model"
 _FLOP_STEPS = 2
 """Steps of a stage that are counted."""
 _ANEW = "Remove its folder, so that the job is done anew."
@@ -53,7 +55,7 @@ _JOB = {
     "batch_size": int,
     "threads": int,
 }
-_SCORE = {"right": list, "types": list, "pictures": list, "cpu_s": float}
+_SCORE = {"right": list, "types": list, "pictures": list, "guess_by_type": dict, "cpu_s": float}
 _PARTS: dict[str, dict[str, type]] = {
     "trained": {"peak_memory": int, "examples_per_s": dict, "cpu_s": float},
     "measured": {"train_flops": float, "cpu_s": float},
@@ -108,6 +110,13 @@ class Job:
         """What it says where it has a process of its own."""
         return Path(self.folder) / "job.log"
 
+    def is_done(self) -> bool:
+        """Whether everything that it is asked is answered."""
+        return self.result.is_file() and self._was_asked_the_same()
+
+    def _was_asked_the_same(self) -> bool:
+        return not self.path.is_file() or Job.read(self.path).evaluate == self.evaluate
+
     def found(self) -> dict[str, Any]:
         """Return the result.
 
@@ -120,13 +129,13 @@ class Job:
         """Refuse a folder that holds something else under the same name.
 
         Raises:
-            ConfigError: what it trains, or what it is asked, is not what is there.
+            ConfigError: what it trains is not what is there, or it is to be asked something else
+                and its weights are gone.
             CheckpointError: what is there is damaged.
         """
         same = True
         if self.path.is_file():
-            there = Job.read(self.path)
-            same = (there.training, there.evaluate) == (self.training, self.evaluate)
+            same = Job.read(self.path).training == self.training
         if self.result.is_file():
             arm = self.found()["arm"]
             same = same and all(arm.get(key) == self.arm[key] for key in ("model", "stages"))
@@ -135,10 +144,24 @@ class Job:
                 f"'{self.path}' holds arm '{self.arm['name']}' with another config, so that going "
                 "on would mix the two. Use the same config, or another folder with --out."
             )
+        folder = Path(self.folder)
+        trained = (folder / "trained.json").is_file() or self.result.is_file()
+        if trained and not self._was_asked_the_same() and not (folder / MODEL).is_dir():
+            raise ConfigError(
+                f"'{self.path}' was asked other questions, and its weights are gone, so that it "
+                "cannot be asked these. Use the same 'evaluate', or another folder with --out."
+            )
 
     def write(self) -> None:
-        """Write it down, for a process to read and for a later call to compare with."""
+        """Write it down, for a process to read and for a later call to compare with.
+
+        Answers to other questions are removed first.
+        """
         make_folder(self.path.parent)
+        if not self._was_asked_the_same():
+            self.result.unlink(missing_ok=True)
+            for path in Path(self.folder).glob("eval-*.json"):
+                path.unlink()
         values = {k: v for k, v in asdict(self).items() if k != "folder"}  # it may be moved
         write_kept(self.path, values, indent=1)
 
@@ -188,7 +211,7 @@ class _Run:
         remove_unfinished(self.folder)
         training = self._kept("trained", self._train)
         measured = self._kept("measured", self._count_flops)
-        model = IPN.from_pretrained(self.folder / "train" / "model", registry=self.registry)
+        model = IPN.from_pretrained(self.folder / MODEL, registry=self.registry)
         entries = list(enumerate(self.job.evaluate))
         asked = [(i, entry, False) for i, entry in entries]
         if self.job.arm["asks"]:
@@ -231,8 +254,8 @@ class _Run:
         What is read once and kept for all arms, features and requests, is not counted.
         """
         accelerator = Accelerator()
-        checkpoint = self.folder / "train" / "model"
-        model = IPN.from_pretrained(checkpoint, registry=self.registry).to(accelerator.device)
+        model = IPN.from_pretrained(self.folder / MODEL, registry=self.registry)
+        model = model.to(accelerator.device)
         data = [Data(entry, self.registry, training=True) for entry in self.config.data]
         cache = FeatureCache(model.encoder)
         for one in data:
@@ -264,7 +287,7 @@ class _Run:
         pool = task.examples(split)
         report = evaluate(
             model,
-            pool[: entry.limit],
+            choose_questions(pool, entry.limit, entry.per_picture),
             task=entry.task,
             split=split,
             batch_size=self.job.batch_size,
@@ -276,7 +299,6 @@ class _Run:
             "task": entry.task,
             "split": split,
             "shuffled": shuffled,
-            "guess": report.guess.accuracy if report.guess else None,
             "guess_by_type": {t: g.accuracy for t, g in report.guess_by_type.items()},
             "seconds": report.seconds,
             "types": [p.example.type for p in report.predictions],

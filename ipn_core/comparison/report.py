@@ -12,13 +12,15 @@ from typing import Any
 
 from ipn_core.comparison.plots import draw_plots
 from ipn_core.comparison.results import Cell, Results
-from ipn_core.evaluation.statistics import Interval
+from ipn_core.evaluation.statistics import FEW_CLUSTERS, Interval
 from ipn_core.files import atomic_write
 
 __all__ = ["SUMMARY", "write_report"]
 
 SUMMARY = "In short"
 """The heading of the table that says most."""
+GUESSING = "each type's most frequent answer"
+"""What accuracies are to be seen beside."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,10 @@ def _summary(results: Results) -> Table:
     found = [foreign.get(which) for which in results.splits]
     shown = ["" if cell is None else _interval(cell.accuracy) for cell in found]
     rows.append((f"`{results.reference}`, requests of other questions", "in vain", *shown))
+    asked = (results.asker.cell(task, split) for task, split in results.splits)
+    rows.append(
+        (GUESSING, "no", *("" if cell is None else f"{100 * cell.guess:.1f}" for cell in asked))
+    )
     tokens, seeds = results.asker.tokens, len(results.asker.seeds)
     return Table(
         SUMMARY,
@@ -199,10 +205,14 @@ def _split(results: Results, task: str, split: str) -> Table:
             rows.append((f"`{group.name}`", *found, seeds))
     whole = results.asker.cell(task, split)
     assert whole is not None
+    rows.append((GUESSING, *(f"{100 * whole.only(kind).guess:.1f}" for kind in kinds), ""))
     counts = ", ".join(f"{kind} {whole.only(kind).right.shape[1]:,}" for kind in kinds)
+    few = whole.clusters < FEW_CLUSTERS
+    doubt = ", too few for intervals that can be trusted" if few else ""
     return Table(
         f"Accuracy on {task}, split {split}",
-        f"Per cent, with the 95 % interval over seeds and pictures. Questions: {counts}.",
+        f"Per cent, with the 95 % interval over seeds and pictures. Questions: {counts}; about "
+        f"{whole.clusters:,} pictures{doubt}.",
         ("arm", *kinds, "each seed"),
         rows,
     )
@@ -213,21 +223,19 @@ def _shuffled(results: Results) -> Table:
     for task, split, own, foreign in results.shuffled:
         for kind in results.kinds(task, split):
             mine, others = own.only(kind), foreign.only(kind)
-            guess = others.guess
             rows.append(
                 (
                     f"{task} {split}",
                     kind,
                     _interval(mine.accuracy),
                     _interval(others.accuracy),
-                    "" if guess is None else f"{100 * guess:.1f}",
+                    f"{100 * mine.guess:.1f}",
                 )
             )
     return Table(
         f"`{results.reference}` with the requests of other questions",
-        "Every question gets the request of another question about another picture. Guessing is "
-        "giving all of them the most frequent answer.",
-        ("split", "type", "own requests", "others' requests", "guessing"),
+        "Every question gets the request of another question about another picture.",
+        ("split", "type", "own requests", "others' requests", GUESSING),
         rows,
     )
 

@@ -35,14 +35,12 @@ class Cell:
         right: (seeds, questions) whether each answer counts.
         types: of the questions.
         pictures: what hangs together: questions about the same pictures.
-        guess: the share that the most frequent answer gets, where it is known.
-        guess_by_type: the same for each type.
+        guess_by_type: the share of each type's questions that its most frequent answer gets.
     """
 
     right: np.ndarray
     types: tuple[str, ...]
     pictures: tuple[Hashable, ...]
-    guess: float | None
     guess_by_type: dict[str, float]
 
     def only(self, kind: str) -> Cell:
@@ -54,9 +52,18 @@ class Cell:
             self.right[:, kept],
             (kind,) * len(kept),
             tuple(self.pictures[i] for i in kept),
-            self.guess_by_type.get(kind),
             self.guess_by_type,
         )
+
+    @property
+    def guess(self) -> float:
+        """The share that gets it right to give each question its type's most frequent answer."""
+        return float(np.mean([self.guess_by_type[kind] for kind in self.types]))
+
+    @property
+    def clusters(self) -> int:
+        """How many pictures the questions are about."""
+        return len(set(self.pictures))
 
     @property
     def accuracy(self) -> Interval:
@@ -150,7 +157,6 @@ class Group:
                 np.array([score["right"] for score in scores], dtype=float),
                 tuple(first["types"]),
                 tuple(by_pictures(first["pictures"])),
-                first["guess"],
                 first["guess_by_type"],
             )
         return found
@@ -280,7 +286,7 @@ _COLUMNS = (
 def _rows(group: Group, seed: int, score: dict[str, Any]) -> list[Sequence[Any]]:
     right = np.array([score["right"]], dtype=float)
     pictures = tuple(by_pictures(score["pictures"]))
-    cell = Cell(right, tuple(score["types"]), pictures, None, {})
+    cell = Cell(right, tuple(score["types"]), pictures, score["guess_by_type"])
     arm = group.arm
     rows: list[Sequence[Any]] = []
     for kind in [ALL, *sorted(set(score["types"]) - {ALL})]:

@@ -26,6 +26,7 @@ from ipn_core.comparison.report import write_report
 from ipn_core.comparison.results import Results
 from ipn_core.comparison.timing import first_token
 from ipn_core.errors import ConfigError, DataError, TrainingError
+from ipn_core.evaluation.choosing import choose_questions
 from ipn_core.evaluation.shuffled import draw_partners
 from ipn_core.files import make_folder, remove_unfinished
 from ipn_core.model import IPN
@@ -41,8 +42,8 @@ __all__ = ["Comparison"]
 
 PLAN = "compare.json"
 FIRST_TOKEN = "first-token.json"
-_FREE = {"arms", "seeds", "sweep", "batch_size"}
-"""Keys that may change from one call to the next; each job knows its own arm."""
+_FREE = {"arms", "seeds", "sweep", "batch_size", "evaluate"}
+"""Keys that may change from call to call; each job knows its own arm, and what it is asked."""
 
 
 class Comparison:
@@ -77,6 +78,7 @@ class Comparison:
         self.folder = folder
         self.command = list(command)
         self._commands: list[str] = []
+        self._commits: list[str] = []
         self.registry = registry or get_registry()
         self.console = console or Console(stderr=True)
         same = config.model_dump(mode="json", exclude=_FREE)
@@ -97,7 +99,7 @@ class Comparison:
                 f"'{self.folder}' holds a comparison already. Go on with --resume, or choose "
                 "another folder with --out."
             )
-        kinds = {"digest": str, "commands": list}
+        kinds = {"digest": str, "commands": list, "commits": list}
         found = read_kept(plan, kinds, "Choose another folder with --out.")
         if found["digest"] != self.digest:
             raise ConfigError(
@@ -105,6 +107,7 @@ class Comparison:
                 "mix the two. Use the same config, or another folder with --out."
             )
         self._commands = [str(one) for one in found["commands"]]
+        self._commits = [str(one) for one in found["commits"]]
 
     def _check_questions(self) -> None:
         """Open what the arms are asked: what is missing should not come out after training."""
@@ -122,7 +125,7 @@ class Comparison:
             pool = task.examples(split)
             if not pool:
                 raise DataError(f"'{entry.task}' split '{split}' holds no examples.")
-            asked = pool[: entry.limit]
+            asked = choose_questions(pool, entry.limit, entry.per_picture)
             check_pictures(asked)
             if entry.shuffled:
                 draw_partners(asked, pool, 0)  # refuses where there are none
@@ -141,8 +144,8 @@ class Comparison:
         jobs = [job for arm in arms for job in self._jobs(arm)]
         for job in jobs:
             job.check()
-        self._write_plan()
-        missing = [job for job in jobs if not job.result.is_file()]
+        missing = [job for job in jobs if not job.is_done()]
+        self._write_plan(trains=bool(missing))
         # Seed by seed, and the sweep last: what an interrupted run leaves is whole sets of arms.
         missing.sort(key=lambda job: (job.arm["dynamic"] != self.config.dynamic, job.seed))
         if missing:
@@ -153,12 +156,15 @@ class Comparison:
         self._note(path.read_text(encoding="utf-8").split("\n", 1)[0].replace("**", ""))
         return path
 
-    def _write_plan(self) -> None:
-        """Write down what is compared, and with which commands so far."""
+    def _write_plan(self, trains: bool) -> None:
+        """Write down what is compared, with which commands so far, and by which commits' jobs."""
         self._commands = list(dict.fromkeys([*self._commands, shlex.join(self.command)]))
+        if trains:
+            self._commits = list(dict.fromkeys([*self._commits, _commit()]))
         plan = {
             "digest": self.digest,
             "commands": self._commands,
+            "commits": self._commits,
             "config": self.config.model_dump(mode="json"),
         }
         write_kept(self.folder / PLAN, plan, indent=1)
@@ -257,7 +263,7 @@ class Comparison:
         return {
             "command": first,
             **({"went on with": "; ".join(later)} if later else {}),
-            "commit": _commit(),
+            "commits of the jobs": ", ".join(self._commits),
             "seeds": f"0 to {self.config.seeds - 1}",
             "jobs": f"{len(jobs)}, {self.executor.workers} at once, {self.threads} threads each",
             "machine": f"{platform.machine()}, {allowed_cpus().number} cores, {_device()}",

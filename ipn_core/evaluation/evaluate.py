@@ -69,7 +69,7 @@ class Report:
         seconds: from the first question to the last answer, loading left out.
         predictions: every answer, in the order of the examples.
         shuffled: whether the requests were those of other examples.
-        guess: with shuffled requests, the most frequent answer of all and what it scores.
+        guess: the most frequent answer of all and what it scores; None where nothing was asked.
         guess_by_type: the same for each type.
         pictures: how many pictures went through the vision encoder.
     """
@@ -222,10 +222,8 @@ def _report(
         seconds,
         predictions,
         shuffled,
-        guess([p.example.answers for p in predictions]) if shuffled else None,
-        {t: guess([p.example.answers for p in mine]) for t, mine in of_type.items()}
-        if shuffled
-        else {},
+        guess([p.example.answers for p in predictions]),
+        {t: guess([p.example.answers for p in mine]) for t, mine in of_type.items()},
         pictures,
     )
 

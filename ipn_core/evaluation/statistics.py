@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "FEW_CLUSTERS",
     "Z95",
     "Interval",
     "bootstrap_difference",
@@ -29,6 +30,8 @@ Z95 = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
 DRAWS = 2000
 """Resamples of a bootstrap, unless told otherwise."""
+FEW_CLUSTERS = 20
+"""Of fewer, an interval from resampling them is too narrow too often to be trusted."""
 BLOCK = 1 << 18
 """Numbers in the weights of one block of draws: 2 MB, which a processor keeps close."""
 
