@@ -238,7 +238,7 @@ def test_times_of_an_earlier_version_are_shown_as_they_are(tmp_path: Path) -> No
 
 
 def test_the_summary_has_every_arm_the_requests_of_others_and_guessing(report: str) -> None:
-    header, _, *rows, foreign, guessed = table(report, "In short")
+    header, _, *rows, foreign, of_film, guessed = table(report, "In short")
     assert header == ["arm", "asks", "colours test"]
     assert [row[0] for row in rows] == [f"`{name}`" for name in SHARES]
     assert [row[1] for row in rows] == ["yes", "no", "yes", "no"]
@@ -246,8 +246,23 @@ def test_the_summary_has_every_arm_the_requests_of_others_and_guessing(report: s
     assert all(row[2] in by_type[row[0]] for row in rows)
     assert foreign[1] == "in vain"
     assert float(foreign[2].split()[0]) < 35
+    assert of_film[0] == "`film`, requests of other questions"
     assert guessed[1:] == ["no", "25.0"]
     assert by_type[guessed[0]][1:] == ["25.0", "20.0", "30.0"]
+
+
+def test_every_arm_that_asks_is_told_beside_what_others_requests_make_of_it(report: str) -> None:
+    header, _, *rows = table(report, "With the requests of other questions")
+    assert header[:5] == ["arm", "split", "type", "own requests", "others' requests"]
+    kinds = ["all", "cell", "exist"]
+    assert [row[0] for row in rows] == ["`rvii`"] * 3 + ["`film`"] * 3
+    assert [row[2] for row in rows] == kinds * 2
+    own = {row[0]: row for row in table(report, "Accuracy on colours, split test")}
+    foreign = {row[0].split(",")[0]: row for row in table(report, "In short") if "in vain" in row}
+    for name in ("`rvii`", "`film`"):
+        mine = [row for row in rows if row[0] == name]
+        assert [row[3] for row in mine] == own[name][1:4]
+        assert mine[0][4] == foreign[name][2]
 
 
 def test_what_is_kept_as_evidence_is_the_report_without_weights(

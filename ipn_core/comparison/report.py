@@ -60,7 +60,7 @@ def _asking_matters(results: Results) -> str:
     """Say whether accuracy falls when the requests are those of other questions."""
     name = results.reference
     parts, ignored = [], []
-    for task, split, own, foreign in results.shuffled:
+    for task, split, own, foreign in results.asker.shuffled:
         fall = own.minus(foreign)
         parts.append(f"{_percent(own)} to {_percent(foreign)} on {task} {split}")
         if fall.low <= 0:
@@ -128,10 +128,10 @@ def _summary(results: Results) -> Table:
         cells = (group.cell(task, split) for task, split in results.splits)
         shown = ["" if cell is None else _interval(cell.accuracy) for cell in cells]
         rows.append((f"`{group.name}`", "yes" if group.asks else "no", *shown))
-    foreign = {(task, split): cell for task, split, _, cell in results.shuffled}
-    found = [foreign.get(which) for which in results.splits]
-    shown = ["" if cell is None else _interval(cell.accuracy) for cell in found]
-    rows.append((f"`{results.reference}`, requests of other questions", "in vain", *shown))
+    for group in results.askers:
+        cells = (group.cell(task, split, shuffled=True) for task, split in results.splits)
+        shown = ["" if cell is None else _interval(cell.accuracy) for cell in cells]
+        rows.append((f"`{group.name}`, requests of other questions", "in vain", *shown))
     asked = (results.asker.cell(task, split) for task, split in results.splits)
     rows.append(
         (GUESSING, "no", *("" if cell is None else f"{100 * cell.guess:.1f}" for cell in asked))
@@ -220,22 +220,24 @@ def _split(results: Results, task: str, split: str) -> Table:
 
 def _shuffled(results: Results) -> Table:
     rows = []
-    for task, split, own, foreign in results.shuffled:
-        for kind in results.kinds(task, split):
-            mine, others = own.only(kind), foreign.only(kind)
-            rows.append(
-                (
-                    f"{task} {split}",
-                    kind,
-                    _interval(mine.accuracy),
-                    _interval(others.accuracy),
-                    f"{100 * mine.guess:.1f}",
+    for group in results.askers:
+        for task, split, own, foreign in group.shuffled:
+            for kind in results.kinds(task, split):
+                mine, others = own.only(kind), foreign.only(kind)
+                rows.append(
+                    (
+                        f"`{group.name}`",
+                        f"{task} {split}",
+                        kind,
+                        _interval(mine.accuracy),
+                        _interval(others.accuracy),
+                        f"{100 * mine.guess:.1f}",
+                    )
                 )
-            )
     return Table(
-        f"`{results.reference}` with the requests of other questions",
+        "With the requests of other questions",
         "Every question gets the request of another question about another picture.",
-        ("split", "type", "own requests", "others' requests", GUESSING),
+        ("arm", "split", "type", "own requests", "others' requests", GUESSING),
         rows,
     )
 

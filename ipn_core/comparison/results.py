@@ -165,6 +165,15 @@ class Group:
         """Return its answers to a split, None where it was not asked so."""
         return self.cells.get((task, split, shuffled))
 
+    @property
+    def shuffled(self) -> list[tuple[str, str, Cell, Cell]]:
+        """Task and split, and its answers with its own and with others' requests."""
+        return [
+            (task, split, self.cells[task, split, False], foreign)
+            for (task, split, shuffled), foreign in self.cells.items()
+            if shuffled
+        ]
+
 
 class Results:
     """All that the jobs found."""
@@ -207,6 +216,11 @@ class Results:
         return found
 
     @property
+    def askers(self) -> list[Group]:
+        """The arms of the main comparison that ask."""
+        return [group for group in self.main if group.asks]
+
+    @property
     def blind(self) -> list[Group]:
         """The arms of the main comparison that cannot ask."""
         return [group for group in self.main if not group.asks]
@@ -222,16 +236,6 @@ class Results:
         assert cell is not None
         kinds = sorted(set(cell.types))
         return [ALL] if kinds == [ALL] else [ALL, *kinds]
-
-    @property
-    def shuffled(self) -> list[tuple[str, str, Cell, Cell]]:
-        """Task and split, and the reference's answers with its own and with others' requests."""
-        found = []
-        for (task, split, shuffled), foreign in self.asker.cells.items():
-            own = self.asker.cell(task, split)
-            if shuffled and own is not None:
-                found.append((task, split, own, foreign))
-        return found
 
     def csv(self, first_token: dict[str, Any]) -> str:
         """Return a row for each arm, number of tokens, seed, split and type of question.
