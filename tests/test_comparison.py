@@ -443,12 +443,15 @@ def test_an_arm_is_added_to_what_is_kept_of_a_comparison(
     before = {path: path.read_bytes() for path in tmp_path.rglob("result.json")}
     values = comparing(llm)
     values["arms"]["plain"] = changed(values["arms"]["static"], "model.perceive.norm", False)
-    comparison(values, tmp_path / "mine", resume=True).run()
+    said = io.StringIO()
+    comparison(values, tmp_path / "mine", resume=True, console=Console(file=said)).run()
     assert {path: path.read_bytes() for path in before} == before
     trained = {path.parent.parent.name for path in tmp_path.rglob("train/model")}
     assert trained == {"plain-k2-seed0"}
     text = (tmp_path / "mine" / "report.md").read_text()
     assert "| colours test | `static` | `plain` | " in text
+    untimed = "no first-token times of plain: all arms are timed side by side, and the weights of"
+    assert untimed in said.getvalue()
 
 
 def test_some_of_the_arms_can_be_picked(llm: Path) -> None:

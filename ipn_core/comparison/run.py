@@ -242,13 +242,20 @@ class Comparison:
             )
 
     def _first_token(self, jobs: Sequence[Job]) -> dict[str, Any]:
-        """Time the trained arms, unless an earlier call did or their weights are gone."""
+        """Time the trained arms side by side, unless an earlier call did or weights are gone."""
         main = [j for j in jobs if j.arm["dynamic"] == self.config.dynamic and j.seed == 0]
         folders = {j.arm["name"]: Path(j.folder) / "train" / "model" for j in main}
         path = self.folder / FIRST_TOKEN
         known = read_kept(path, {}, "Remove it, and it is taken anew.") if path.is_file() else {}
         timed = {name for name, one in known.items() if "seconds" in one}
-        if timed >= folders.keys() or not all(folder.is_dir() for folder in folders.values()):
+        if timed >= folders.keys():
+            return known
+        gone = [name for name, folder in folders.items() if not folder.is_dir()]
+        if gone:
+            self._note(
+                f"no first-token times of {', '.join(sorted(folders.keys() - timed))}: all arms "
+                f"are timed side by side, and the weights of {', '.join(gone)} are gone"
+            )
             return known
         entry = self.config.evaluate[0]
         task = open_task(entry.task, entry.options, self.registry)
