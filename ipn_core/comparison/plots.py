@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ipn_core.comparison.results import Group, Results
+from ipn_core.comparison.results import GUESSING, Group, Results
 from ipn_core.evaluation.statistics import Interval
 from ipn_core.files import atomic_write
 
@@ -58,6 +58,8 @@ def _save(results: Results, path: Path, rows: int, draw: _Draw) -> None:
             one.set_title(f"{task}, {split}")
             one.set_ylim(0, 100)
             one.grid(axis="y", alpha=0.3)
+            if (cell := results.asker.cell(task, split)) is not None:
+                one.axhline(100 * cell.guess, color="black", ls=":", lw=1, label=GUESSING)
     # One for all panels, outside of them, where it hides nothing.
     named: dict[str, Any] = {}
     for one in axes.flat:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ipn_core.comparison.plots import draw_plots
-from ipn_core.comparison.results import Cell, Results
+from ipn_core.comparison.results import GUESSING, Cell, Results
 from ipn_core.evaluation.statistics import FEW_CLUSTERS, Interval
 from ipn_core.files import atomic_write
 
@@ -19,8 +19,6 @@ __all__ = ["SUMMARY", "write_report"]
 
 SUMMARY = "In short"
 """The heading of the table that says most."""
-GUESSING = "each type's most frequent answer"
-"""What accuracies are to be seen beside."""
 
 
 @dataclass(frozen=True)

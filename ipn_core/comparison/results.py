@@ -21,10 +21,12 @@ from ipn_core.evaluation.statistics import (
 )
 from ipn_core.training.config import StageConfig
 
-__all__ = ["Cell", "Group", "Results"]
+__all__ = ["GUESSING", "Cell", "Group", "Results"]
 
 ALL = "all"
 """All types of question together."""
+GUESSING = "each type's most frequent answer"
+"""What accuracies are to be seen beside; see `Cell.guess`."""
 
 
 @dataclass(frozen=True)
