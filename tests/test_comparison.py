@@ -25,7 +25,7 @@ from ipn_core.comparison import run
 from ipn_core.comparison.arms import Arm, Arms
 from ipn_core.comparison.config import CompareConfig
 from ipn_core.comparison.job import Job
-from ipn_core.comparison.kept import read_kept
+from ipn_core.comparison.kept import read_kept, write_kept
 from ipn_core.errors import CheckpointError, ConfigError, TrainingError, UserError
 
 pytestmark = pytest.mark.usefixtures("own_training")
@@ -282,12 +282,13 @@ def test_what_is_damaged_in_a_job_is_named_with_what_to_remove(
     job = Job("one", str(tmp_path), {}, 0, {}, [], 1, 1)
     for path in (job.result, job.path):
         path.write_text(content)
-    said = r"', kept of a comparison, is damaged \(.+\)\. Remove its folder, so that the job is"
+    damaged = r"is damaged or of an earlier version \(.+\)\."
+    said = rf"', kept of a comparison, {damaged} Remove its folder, so that the job is"
     with pytest.raises(CheckpointError, match=f"'{job.result}{said}"):
         job.found()
     with pytest.raises(CheckpointError, match=f"'{job.path}{said}"):
         Job.read(job.path)
-    with pytest.raises(CheckpointError, match=r"is damaged \(.+\)\. Do\.$"):
+    with pytest.raises(CheckpointError, match=rf"{damaged} Do\.$"):
         read_kept(job.path, {"seed": int}, "Do.")
 
 
@@ -400,14 +401,41 @@ def test_what_is_asked_may_change_while_there_are_weights_to_ask(
     keep_run(done, tmp_path / "kept")
     shutil.copytree(done, tmp_path / "whole")
     values = changed(comparing(llm), "evaluate.0.limit", 3)
-    with pytest.raises(ConfigError, match="was asked other questions, and its weights are gone"):
+    gone = "has not answered these questions, and its weights are gone"
+    with pytest.raises(ConfigError, match=gone):
         comparison(values, tmp_path / "kept", resume=True).run()
     assert asked(tmp_path / "kept") == asked(done)
-    weights = {p: p.read_bytes() for p in (tmp_path / "whole").rglob("model.safetensors")}
-    comparison(values, tmp_path / "whole", resume=True).run()
-    assert {p: p.read_bytes() for p in weights} == weights
-    assert asked(tmp_path / "whole") == {3}
-    assert "too few for intervals that can be trusted" in (tmp_path / "whole/report.md").read_text()
+
+    whole = tmp_path / "whole"
+    trained = {path: path.stat().st_mtime_ns for path in whole.rglob("trained.json")}
+    comparison(values, whole, resume=True).run()
+    assert asked(whole) == {3}
+    assert (
+        "Too few pictures for intervals that can be trusted: all"
+        in (whole / "report.md").read_text()
+    )
+    # What a process that was left behind writes of the earlier questions is no answer to these.
+    for path in [*done.rglob("result.json"), *done.rglob("eval-*.json")]:
+        shutil.copyfile(path, whole / path.relative_to(done))
+    comparison(values, whole, resume=True).run()
+    assert asked(whole) == {3}
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
+
+    next(whole.rglob("model.safetensors")).unlink()
+    with pytest.raises(ConfigError, match=gone):
+        comparison(comparing(llm), whole, resume=True).run()
+    assert asked(whole) == {3}
+
+
+@pytest.mark.parametrize("scores", [[3], [{}], [{"asked": {}, "shuffled": False, "right": []}]])
+def test_answers_of_an_earlier_version_are_no_result(tmp_path: Path, scores: list[Any]) -> None:
+    job = Job("one", str(tmp_path), {}, 0, {}, [], 1, 1)
+    found = {"seed": 0, "arm": {}, "training": {}, "measured": {}, "cpu_s": 1.0}
+    write_kept(job.result, {**found, "scores": []})
+    assert job.is_done()
+    write_kept(job.result, {**found, "scores": scores})
+    with pytest.raises(CheckpointError, match=r"of an earlier version .* Remove its folder"):
+        job.is_done()
 
 
 @pytest.mark.slow

@@ -33,11 +33,12 @@ def answered(share: float, seed: int, shuffled: bool) -> dict[str, Any]:
     """Two hundred questions about fifty pictures, of two types."""
     right = np.random.default_rng([seed, round(100 * share), shuffled]).random(200) < share
     return {
+        "asked": {},
         "task": "colours",
         "split": "test",
         "shuffled": shuffled,
         "guess_by_type": {"cell": 0.2, "exist": 0.3},
-        "seconds": 1.0,
+        "cpu_s": 1.0,
         "types": ["cell", "exist"] * 100,
         "pictures": [[str(i // 4)] for i in range(200)],
         "said": ["x"] * 200,
@@ -249,6 +250,25 @@ def test_the_summary_has_every_arm_the_requests_of_others_and_guessing(report: s
     assert of_film[0] == "`film`, requests of other questions"
     assert guessed[1:] == ["no", "25.0"]
     assert by_type[guessed[0]][1:] == ["25.0", "20.0", "30.0"]
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize(("each", "few"), [(5, ""), (6, "exist")])
+def test_of_how_few_pictures_an_interval_is_stands_above_it(
+    tmp_path: Path, each: int, few: str
+) -> None:
+    found = results(tmp_path / "jobs", SHARES, 0.25)
+    for group in found.groups:
+        for score in (score for result in group.results for score in result["scores"]):
+            # Each `cell` is about a picture of its own, and so many `exist` about the same one.
+            pictures = [f"e{i // 2 // each}" if i % 2 else f"c{i}" for i in range(200)]
+            score["pictures"] = [[name] for name in pictures]
+    write_report(found, tmp_path, {}, {})
+    text = (tmp_path / "report.md").read_text()
+    count = -(-100 // each)
+    assert f"all 200 ({100 + count}), cell 100 (100), exist 100 ({count})." in text
+    doubt = "Too few pictures for intervals that can be trusted: "
+    assert (f"{doubt}{few}.\n" in text) if few else (doubt not in text)
 
 
 def test_every_arm_that_asks_is_told_beside_what_others_requests_make_of_it(report: str) -> None:

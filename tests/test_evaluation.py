@@ -348,14 +348,24 @@ def test_an_answer_may_be_as_long_as_the_tasks_longest(
 
 
 def test_few_questions_about_many_pictures_are_of_all_types() -> None:
+    # As generated pictures have them: those of a type next to each other.
     pool = [
-        Example("What?", ("this",), (shown,), kind)
+        Example(f"{kind} {number}?", ("this",), (shown,), kind)
         for shown in map(picture, range(10))
         for kind in "abcde"
+        for number in range(2)
     ]
-    asked = choose_questions(pool, 10, 2)
-    assert Counter(example.type for example in asked) == dict.fromkeys("abcde", 2)
-    assert [example.images[0].name for example in asked] == [f"picture {n // 2}" for n in range(10)]
+    asked = choose_questions(pool, 20, 2)
+    assert Counter(example.type for example in asked) == dict.fromkeys("abcde", 4)
+    assert Counter(example.question for example in asked) == dict.fromkeys(
+        {example.question for example in pool}, 2
+    )
+    of_picture: dict[str, set[str]] = {}
+    for example in asked:
+        of_picture.setdefault(example.images[0].name, set()).add(example.type)
+    assert [len(types) for types in of_picture.values()] == [2] * 10
+    assert len({example.images[0].name for example in choose_questions(pool, 10, 1)}) == 10
     assert choose_questions(pool, 7) == pool[:7]
-    assert choose_questions(pool, per_picture=9) == pool
-    assert choose_questions(pool[:5] + pool[5:7], None, 3) == [*pool[:3], *pool[5:7]]
+    assert choose_questions(pool, per_picture=11) == pool
+    short = [*pool[:10], *pool[10:12]]
+    assert choose_questions(short, None, 3) == [pool[0], pool[3], pool[6], *pool[10:12]]

@@ -20,8 +20,9 @@ from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ipn_core.checkpoint import WEIGHTS
 from ipn_core.comparison.config import EvaluationConfig
-from ipn_core.comparison.kept import read_kept, write_kept
+from ipn_core.comparison.kept import damaged, read_kept, write_kept, wrong_keys
 from ipn_core.errors import ConfigError
 from ipn_core.evaluation.choosing import choose_questions
 from ipn_core.evaluation.evaluate import evaluate
@@ -38,11 +39,12 @@ from ipn_core.training.metrics import METRICS, read_metrics
 from ipn_core.training.requests import backbone_digest
 from ipn_core.training.run import Training
 
-__all__ = ["Job", "run_job", "run_job_in_own_process"]
+__all__ = ["MODEL", "Job", "run_job", "run_job_in_own_process"]
 
 JOB = "job.json"
 RESULT = "result.json"
 MODEL = Path("train") / "model"
+"""Where the checkpoint lies in a job's folder."""
 _FLOP_STEPS = 2
 """Steps of a stage that are counted."""
 _ANEW = "Remove its folder, so that the job is done anew."
@@ -55,7 +57,15 @@ _JOB = {
     "batch_size": int,
     "threads": int,
 }
-_SCORE = {"right": list, "types": list, "pictures": list, "guess_by_type": dict, "cpu_s": float}
+_SCORE = {
+    "asked": dict,
+    "shuffled": bool,
+    "right": list,
+    "types": list,
+    "pictures": list,
+    "guess_by_type": dict,
+    "cpu_s": float,
+}
 _PARTS: dict[str, dict[str, type]] = {
     "trained": {"peak_memory": int, "examples_per_s": dict, "cpu_s": float},
     "measured": {"train_flops": float, "cpu_s": float},
@@ -111,11 +121,15 @@ class Job:
         return Path(self.folder) / "job.log"
 
     def is_done(self) -> bool:
-        """Whether everything that it is asked is answered."""
-        return self.result.is_file() and self._was_asked_the_same()
+        """Whether everything that it is asked is answered.
 
-    def _was_asked_the_same(self) -> bool:
-        return not self.path.is_file() or Job.read(self.path).evaluate == self.evaluate
+        Raises:
+            CheckpointError: the result is damaged.
+        """
+        if not self.result.is_file():
+            return False
+        scores = self.found()["scores"]
+        return [score["asked"] for score in scores if not score["shuffled"]] == self.evaluate
 
     def found(self) -> dict[str, Any]:
         """Return the result.
@@ -123,14 +137,18 @@ class Job:
         Raises:
             CheckpointError: it is damaged.
         """
-        return read_kept(self.result, _RESULT, _ANEW)
+        found = read_kept(self.result, _RESULT, _ANEW)
+        wrong = [key for score in found["scores"] for key in wrong_keys(score, _SCORE)]
+        if wrong:
+            raise damaged(self.result, dict.fromkeys(wrong), _ANEW)
+        return found
 
     def check(self) -> None:
         """Refuse a folder that holds something else under the same name.
 
         Raises:
-            ConfigError: what it trains is not what is there, or it is to be asked something else
-                and its weights are gone.
+            ConfigError: what it trains is not what is there, or it has not answered what it is
+                asked and its weights are gone.
             CheckpointError: what is there is damaged.
         """
         same = True
@@ -146,22 +164,15 @@ class Job:
             )
         folder = Path(self.folder)
         trained = (folder / "trained.json").is_file() or self.result.is_file()
-        if trained and not self._was_asked_the_same() and not (folder / MODEL).is_dir():
+        if trained and not self.is_done() and not (folder / MODEL / WEIGHTS).is_file():
             raise ConfigError(
-                f"'{self.path}' was asked other questions, and its weights are gone, so that it "
-                "cannot be asked these. Use the same 'evaluate', or another folder with --out."
+                f"'{self.path}' has not answered these questions, and its weights are gone. Use "
+                "the 'evaluate' that it has answered, or another folder with --out."
             )
 
     def write(self) -> None:
-        """Write it down, for a process to read and for a later call to compare with.
-
-        Answers to other questions are removed first.
-        """
+        """Write it down, for a process to read and for a later call to compare with."""
         make_folder(self.path.parent)
-        if not self._was_asked_the_same():
-            self.result.unlink(missing_ok=True)
-            for path in Path(self.folder).glob("eval-*.json"):
-                path.unlink()
         values = {k: v for k, v in asdict(self).items() if k != "folder"}  # it may be moved
         write_kept(self.path, values, indent=1)
 
@@ -186,7 +197,7 @@ def run_job(job: Job, registry: Registry | None = None) -> None:
         registry: where names are looked up, by default everything installed.
     """
     with lock(Path(job.folder) / "lock"):
-        if not job.result.is_file():
+        if not job.is_done():
             _Run(job, registry or get_registry()).run()
 
 
@@ -220,20 +231,33 @@ class _Run:
         for index, values, shuffled in asked:
             entry = EvaluationConfig.parse(values, self.job.name)
             name = f"eval-{index}-shuffled" if shuffled else f"eval-{index}"
-            scores.append(self._kept(name, partial(self._ask, model, entry, shuffled)))
+            scores.append(self._kept(name, partial(self._ask, model, entry, shuffled), values))
         facts = {"name": self.job.name, "seed": self.job.seed, "arm": self.job.arm}
         found = {"training": training, "measured": measured, "scores": scores}
         facts["cpu_s"] = sum(part["cpu_s"] for part in (training, measured, *scores))
         write_kept(self.job.result, {**facts, **found})
 
-    def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what a file holds, after making it if it is not there; with its seconds of CPU."""
+    def _kept(
+        self, name: str, make: Callable[[], dict[str, Any]], asked: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return what a file holds; it is made if it is not there, or answers what was not asked.
+
+        Args:
+            name: of the file.
+            make: what it is to hold; its seconds of CPU are added.
+            asked: the entry of `evaluate`, of answers.
+        """
         path = self.folder / f"{name}.json"
-        if not path.is_file():
-            started = time.process_time()
-            made = make()
-            write_kept(path, {**made, "cpu_s": time.process_time() - started})
-        return read_kept(path, _PARTS.get(name, _SCORE), "Remove it, so that this is done anew.")
+        kinds, cure = _PARTS.get(name, _SCORE), "Remove it, so that this is done anew."
+        if path.is_file():
+            found = read_kept(path, kinds, cure)
+            if found.get("asked") == asked:
+                return found
+        started = time.process_time()
+        made = make()
+        told = {} if asked is None else {"asked": asked}
+        write_kept(path, {**told, **made, "cpu_s": time.process_time() - started})
+        return read_kept(path, kinds, cure)
 
     def _train(self) -> dict[str, Any]:
         """Train, or go on with it; return the peak memory and how fast the steps were."""

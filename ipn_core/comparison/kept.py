@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ipn_core.errors import CheckpointError
 from ipn_core.files import atomic_write
 
-__all__ = ["read_kept", "write_kept"]
+__all__ = ["damaged", "read_kept", "write_kept", "wrong_keys"]
 
 
 def write_kept(path: Path, values: Mapping[str, Any], indent: int | None = None) -> None:
@@ -35,10 +35,30 @@ def read_kept(path: Path, kinds: Mapping[str, type], cure: str) -> dict[str, Any
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        wrong = [key for key, kind in kinds.items() if not isinstance(found[key], kind)]
-        why = ", ".join(wrong) if isinstance(found, dict) else "it is no object"
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        why = type(error).__name__
-    if why:
-        raise CheckpointError(f"'{path}', kept of a comparison, is damaged ({why}). {cure}")
+        wrong = wrong_keys(found, kinds)
+    except (OSError, ValueError) as error:
+        wrong = [type(error).__name__]
+    if wrong:
+        raise damaged(path, wrong, cure)
     return dict(found)
+
+
+def wrong_keys(values: object, kinds: Mapping[str, type]) -> list[str]:
+    """Return the keys that an object of JSON lacks, or has of another type."""
+    if not isinstance(values, dict):
+        return ["it is no object"]
+    return [key for key, kind in kinds.items() if not isinstance(values.get(key), kind)]
+
+
+def damaged(path: Path, wrong: Iterable[str], cure: str) -> CheckpointError:
+    """Return what to raise where a file is not as it was written, or an earlier version wrote it.
+
+    Args:
+        path: the file.
+        wrong: what is wrong with it: keys, or an error.
+        cure: what its reader may do, as a sentence.
+    """
+    return CheckpointError(
+        f"'{path}', kept of a comparison, is damaged or of an earlier version "
+        f"({', '.join(wrong)}). {cure}"
+    )

@@ -58,8 +58,8 @@ def _save(results: Results, path: Path, rows: int, draw: _Draw) -> None:
             one.set_title(f"{task}, {split}")
             one.set_ylim(0, 100)
             one.grid(axis="y", alpha=0.3)
-            if (cell := results.asker.cell(task, split)) is not None:
-                one.axhline(100 * cell.guess, color="black", ls=":", lw=1, label=GUESSING)
+            guess = results.asker.cells[task, split, False].guess
+            one.axhline(100 * guess, color="black", ls=":", lw=1, label=GUESSING)
     # One for all panels, outside of them, where it hides nothing.
     named: dict[str, Any] = {}
     for one in axes.flat:

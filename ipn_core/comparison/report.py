@@ -130,10 +130,8 @@ def _summary(results: Results) -> Table:
         cells = (group.cell(task, split, shuffled=True) for task, split in results.splits)
         shown = ["" if cell is None else _interval(cell.accuracy) for cell in cells]
         rows.append((f"`{group.name}`, requests of other questions", "in vain", *shown))
-    asked = (results.asker.cell(task, split) for task, split in results.splits)
-    rows.append(
-        (GUESSING, "no", *("" if cell is None else f"{100 * cell.guess:.1f}" for cell in asked))
-    )
+    asked = (results.asker.cells[task, split, False] for task, split in results.splits)
+    rows.append((GUESSING, "no", *(f"{100 * cell.guess:.1f}" for cell in asked)))
     tokens, seeds = results.asker.tokens, len(results.asker.seeds)
     return Table(
         SUMMARY,
@@ -201,16 +199,16 @@ def _split(results: Results, task: str, split: str) -> Table:
             seeds = " ".join(f"{100 * right:.1f}" for right in cell.right.mean(1))
             found = [_interval(cell.only(kind).accuracy) for kind in kinds]
             rows.append((f"`{group.name}`", *found, seeds))
-    whole = results.asker.cell(task, split)
-    assert whole is not None
-    rows.append((GUESSING, *(f"{100 * whole.only(kind).guess:.1f}" for kind in kinds), ""))
-    counts = ", ".join(f"{kind} {whole.only(kind).right.shape[1]:,}" for kind in kinds)
-    few = whole.clusters < FEW_CLUSTERS
-    doubt = ", too few for intervals that can be trusted" if few else ""
+    whole = results.asker.cells[task, split, False]
+    cells = {kind: whole.only(kind) for kind in kinds}
+    rows.append((GUESSING, *(f"{100 * cell.guess:.1f}" for cell in cells.values()), ""))
+    counts = ", ".join(f"{k} {c.right.shape[1]:,} ({c.clusters:,})" for k, c in cells.items())
+    few = ", ".join(kind for kind, cell in cells.items() if cell.clusters < FEW_CLUSTERS)
+    doubt = f" Too few pictures for intervals that can be trusted: {few}." if few else ""
     return Table(
         f"Accuracy on {task}, split {split}",
-        f"Per cent, with the 95 % interval over seeds and pictures. Questions: {counts}; about "
-        f"{whole.clusters:,} pictures{doubt}.",
+        "Per cent, with the 95 % interval over seeds and pictures. Questions (and pictures that "
+        f"they are about): {counts}.{doubt}",
         ("arm", *kinds, "each seed"),
         rows,
     )

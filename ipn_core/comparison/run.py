@@ -20,7 +20,7 @@ from rich.console import Console
 from ipn_core.comparison.arms import Arm, Arms
 from ipn_core.comparison.config import CompareConfig
 from ipn_core.comparison.executors import Executor, Local
-from ipn_core.comparison.job import Job
+from ipn_core.comparison.job import MODEL, Job
 from ipn_core.comparison.kept import read_kept, write_kept
 from ipn_core.comparison.report import write_report
 from ipn_core.comparison.results import Results
@@ -244,7 +244,7 @@ class Comparison:
     def _first_token(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """Time the trained arms side by side, unless an earlier call did or weights are gone."""
         main = [j for j in jobs if j.arm["dynamic"] == self.config.dynamic and j.seed == 0]
-        folders = {j.arm["name"]: Path(j.folder) / "train" / "model" for j in main}
+        folders = {j.arm["name"]: Path(j.folder) / MODEL for j in main}
         path = self.folder / FIRST_TOKEN
         known = read_kept(path, {}, "Remove it, and it is taken anew.") if path.is_file() else {}
         timed = {name for name, one in known.items() if "seconds" in one}

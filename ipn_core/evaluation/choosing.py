@@ -15,9 +15,9 @@ def choose_questions(
 ) -> list[Example]:
     """Return the questions to ask, in their order.
 
-    A generated picture has its types of question in the same order as every other. So of one
-    picture the first questions are taken, of the next those that come after as many, and so on
-    around: all types come equally often.
+    Generated pictures have their types of question in the same order, those of a type next to each
+    other. So those taken of one picture are spread over its questions, and of the next picture they
+    begin one later: of pictures with equally many questions, every place comes as often.
 
     Args:
         pool: all questions of a split.
@@ -32,5 +32,5 @@ def choose_questions(
     chosen: list[int] = []
     for turn, mine in enumerate(of_picture.values()):
         count = min(per_picture, len(mine))
-        chosen += sorted(mine[(turn * per_picture + k) % len(mine)] for k in range(count))
+        chosen += sorted(mine[(turn + k * len(mine) // count) % len(mine)] for k in range(count))
     return [pool[index] for index in sorted(chosen[:limit])]
