@@ -108,8 +108,8 @@ class EvaluationConfig(Config):
         split: of the task; None for its test split.
         options: of the task.
         limit: ask only so many; None for all.
-        per_picture: ask only so many about the same pictures, of every picture other ones, so that
-            `limit` is of more pictures; None for all.
+        per_picture: ask only so many about the same pictures, so that `limit` is of more pictures;
+            which ones, `evaluation.choosing` says; None for all.
         shuffled: whether arms that ask are also asked with the requests of other questions.
     """
 

@@ -100,7 +100,7 @@ class Comparison:
                 "another folder with --out."
             )
         kinds = {"digest": str, "commands": list, "commits": list}
-        found = read_kept(plan, kinds, "Choose another folder with --out.")
+        found = read_kept(plan, kinds, "Remove it, or choose another folder with --out.")
         if found["digest"] != self.digest:
             raise ConfigError(
                 f"'{self.folder}' holds a comparison with another config, so that going on would "
