@@ -24,7 +24,7 @@ from rich.console import Console
 from ipn_core.comparison import run
 from ipn_core.comparison.arms import Arm, Arms
 from ipn_core.comparison.config import CompareConfig
-from ipn_core.comparison.job import Job
+from ipn_core.comparison.job import Job, run_job
 from ipn_core.comparison.kept import read_kept, write_kept
 from ipn_core.errors import CheckpointError, ConfigError, TrainingError, UserError
 
@@ -271,7 +271,8 @@ def test_jobs_that_fail_are_named_and_the_others_kept(llm: Path, tmp_path: Path)
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"digest": 3}'])
 def test_a_damaged_plan_is_refused(llm: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "compare.json").write_text(content)
-    with pytest.raises(UserError, match=r"is damaged .*Choose another folder|with another"):
+    said = r"is damaged or of an earlier version .*Remove it, or choose another folder"
+    with pytest.raises(UserError, match=said):
         comparison(comparing(llm), tmp_path, resume=True)
 
 
@@ -401,7 +402,7 @@ def test_what_is_asked_may_change_while_there_are_weights_to_ask(
     keep_run(done, tmp_path / "kept")
     shutil.copytree(done, tmp_path / "whole")
     values = changed(comparing(llm), "evaluate.0.limit", 3)
-    gone = "has not answered these questions, and its weights are gone"
+    gone = "has not answered these questions, and '.*' is gone, which it needs for that"
     with pytest.raises(ConfigError, match=gone):
         comparison(values, tmp_path / "kept", resume=True).run()
     assert asked(tmp_path / "kept") == asked(done)
@@ -427,7 +428,24 @@ def test_what_is_asked_may_change_while_there_are_weights_to_ask(
     assert asked(whole) == {3}
 
 
-@pytest.mark.parametrize("scores", [[3], [{}], [{"asked": {}, "shuffled": False, "right": []}]])
+def test_a_process_left_behind_does_nothing_where_the_job_is_asked_something_else(
+    tmp_path: Path,
+) -> None:
+    mine, other = (Job("one", str(tmp_path), {}, 0, {}, [{"limit": n}], 1, 1) for n in (3, 4))
+    other.write()
+    run_job(mine)
+    assert {path.name for path in tmp_path.iterdir()} == {"job.json", "lock"}
+    score = {"asked": {"limit": 4}, "shuffled": False, "cpu_s": 1.0, "guess_by_type": {}}
+    lists: dict[str, Any] = {"right": [], "types": [], "pictures": []}
+    found = {"seed": 0, "arm": {}, "training": {}, "measured": {}, "cpu_s": 1.0}
+    write_kept(other.result, {**found, "scores": [{**score, **lists}]})
+    assert other.answers()["scores"][0]["asked"] == {"limit": 4}
+    assert not mine.is_done()
+    with pytest.raises(TrainingError, match="answers other questions: another comparison runs in"):
+        mine.answers()
+
+
+@pytest.mark.parametrize("scores", [[3], [{}], [{"shuffled": False, "right": []}]])
 def test_answers_of_an_earlier_version_are_no_result(tmp_path: Path, scores: list[Any]) -> None:
     job = Job("one", str(tmp_path), {}, 0, {}, [], 1, 1)
     found = {"seed": 0, "arm": {}, "training": {}, "measured": {}, "cpu_s": 1.0}

@@ -67,7 +67,7 @@ def results(folder: Path, shares: dict[str, float], others: float, dynamic: int 
                 }
                 job = Job(
                     f"{name}-{tokens}-{seed}", str(folder / f"{name}-{tokens}-{seed}"), arm, seed,
-                    {}, [], 4, 1,
+                    {}, [{}], 4, 1,
                 )  # fmt: skip
                 scores = [answered(share, seed, False)]
                 scores += [answered(others, seed, True)] if arm["asks"] else []

@@ -43,7 +43,7 @@ class Executor(ABC):
         """Run jobs until all have ended.
 
         Args:
-            jobs: those whose result is missing.
+            jobs: those that are not done.
             ended: called with every job that has ended, and with what it said if it failed.
         """
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ipn_core.checkpoint import WEIGHTS
 from ipn_core.comparison.config import EvaluationConfig
 from ipn_core.comparison.kept import damaged, read_kept, write_kept, wrong_keys
-from ipn_core.errors import ConfigError
+from ipn_core.errors import ConfigError, TrainingError
 from ipn_core.evaluation.choosing import choose_questions
 from ipn_core.evaluation.evaluate import evaluate
 from ipn_core.files import lock, make_folder, remove_unfinished
@@ -58,7 +58,6 @@ _JOB = {
     "threads": int,
 }
 _SCORE = {
-    "asked": dict,
     "shuffled": bool,
     "right": list,
     "types": list,
@@ -107,7 +106,7 @@ class Job:
 
     @property
     def result(self) -> Path:
-        """The file that is there once everything is done."""
+        """The file that is written once everything is done."""
         return Path(self.folder) / RESULT
 
     @property
@@ -126,10 +125,26 @@ class Job:
         Raises:
             CheckpointError: the result is damaged.
         """
-        if not self.result.is_file():
-            return False
-        scores = self.found()["scores"]
-        return [score["asked"] for score in scores if not score["shuffled"]] == self.evaluate
+        return self.result.is_file() and self._is_of(self.found())
+
+    def _is_of(self, found: dict[str, Any]) -> bool:
+        scores = found["scores"]
+        return [score.get("asked") for score in scores if not score["shuffled"]] == self.evaluate
+
+    def answers(self) -> dict[str, Any]:
+        """Return the result, if it answers what is asked.
+
+        Raises:
+            CheckpointError: it is damaged.
+            TrainingError: a process of another comparison has just written other answers.
+        """
+        found = self.found()
+        if not self._is_of(found):
+            raise TrainingError(
+                f"'{self.result}' answers other questions: another comparison runs in this folder. "
+                "Go on with --resume once it has ended."
+            )
+        return found
 
     def found(self) -> dict[str, Any]:
         """Return the result.
@@ -148,7 +163,7 @@ class Job:
 
         Raises:
             ConfigError: what it trains is not what is there, or it has not answered what it is
-                asked and its weights are gone.
+                asked and what it would answer with is gone.
             CheckpointError: what is there is damaged.
         """
         same = True
@@ -162,12 +177,13 @@ class Job:
                 f"'{self.path}' holds arm '{self.arm['name']}' with another config, so that going "
                 "on would mix the two. Use the same config, or another folder with --out."
             )
-        folder = Path(self.folder)
-        trained = (folder / "trained.json").is_file() or self.result.is_file()
-        if trained and not self.is_done() and not (folder / MODEL / WEIGHTS).is_file():
+        needed = [Path(self.folder) / name for name in ("trained.json", MODEL / WEIGHTS)]
+        gone = [path for path in needed if not path.is_file()]
+        trained = needed[0] not in gone or self.result.is_file()
+        if trained and gone and not self.is_done():
             raise ConfigError(
-                f"'{self.path}' has not answered these questions, and its weights are gone. Use "
-                "the 'evaluate' that it has answered, or another folder with --out."
+                f"'{self.path}' has not answered these questions, and '{gone[0]}' is gone, which "
+                "it needs for that. Use the 'evaluate' of before, or another folder with --out."
             )
 
     def write(self) -> None:
@@ -191,13 +207,14 @@ def run_job(job: Job, registry: Registry | None = None) -> None:
     """Do what is missing of a job.
 
     A process that an earlier comparison left behind, because only that was killed, is waited for.
+    It does nothing more where the job is asked something else by then.
 
     Args:
         job: what to do.
         registry: where names are looked up, by default everything installed.
     """
     with lock(Path(job.folder) / "lock"):
-        if not job.is_done():
+        if Job.read(job.path).evaluate == job.evaluate and not job.is_done():
             _Run(job, registry or get_registry()).run()
 
 

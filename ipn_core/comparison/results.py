@@ -191,11 +191,12 @@ class Results:
 
         Raises:
             CheckpointError: a result is damaged.
+            TrainingError: one answers other questions than its job asks.
         """
         found: dict[tuple[str, int], Group] = {}
         for job in jobs:
             key = (job.arm["name"], job.arm["dynamic"])
-            found.setdefault(key, Group(job.arm, [])).results.append(job.found())
+            found.setdefault(key, Group(job.arm, [])).results.append(job.answers())
         self.groups = list(found.values())
         self.reference, self.control, self.dynamic = reference, control, dynamic
 
