@@ -9,10 +9,11 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from comparing import comparing, comparison, outcomes
@@ -24,13 +25,13 @@ from rich.console import Console
 from ipn_core.comparison import run
 from ipn_core.comparison.arms import Arm, Arms
 from ipn_core.comparison.config import CompareConfig
-from ipn_core.comparison.job import Job, run_job
-from ipn_core.comparison.kept import read_kept, write_kept
-from ipn_core.errors import CheckpointError, ConfigError, TrainingError, UserError
+from ipn_core.errors import ConfigError, TrainingError, UserError
 
 pytestmark = pytest.mark.usefixtures("own_training")
 
 SCRIPT = Path(__file__).parent / "support" / "comparing.py"
+
+KeepRun: TypeAlias = Callable[[Path, Path], None]
 
 
 def arms(values: dict[str, Any]) -> dict[tuple[str, int], Arm]:
@@ -276,23 +277,6 @@ def test_a_damaged_plan_is_refused(llm: Path, tmp_path: Path, content: str) -> N
         comparison(comparing(llm), tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"seed": "0"}', '{"right": [1'])
-def test_what_is_damaged_in_a_job_is_named_with_what_to_remove(
-    tmp_path: Path, content: str
-) -> None:
-    job = Job("one", str(tmp_path), {}, 0, {}, [], 1, 1)
-    for path in (job.result, job.path):
-        path.write_text(content)
-    damaged = r"is damaged or of an earlier version \(.+\)\."
-    said = rf"', kept of a comparison, {damaged} Remove its folder, so that the job is"
-    with pytest.raises(CheckpointError, match=f"'{job.result}{said}"):
-        job.found()
-    with pytest.raises(CheckpointError, match=f"'{job.path}{said}"):
-        Job.read(job.path)
-    with pytest.raises(CheckpointError, match=rf"{damaged} Do\.$"):
-        read_kept(job.path, {"seed": int}, "Do.")
-
-
 def test_a_comparison_that_does_not_exist_yet_is_begun_with_a_word(
     llm: Path, tmp_path: Path
 ) -> None:
@@ -308,6 +292,15 @@ def test_a_commit_is_that_of_the_sources_and_of_no_checkout_around_them(
     (tmp_path / "run.py").touch()
     monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
     assert run._commit() == "unknown: not a git checkout"
+
+
+@pytest.fixture
+def keep_run(monkeypatch: pytest.MonkeyPatch) -> KeepRun:
+    """How a comparison is kept without its weights."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from benchmarks.evidence import keep_run
+
+    return keep_run
 
 
 @pytest.mark.slow
@@ -394,11 +387,8 @@ def test_going_on_with_a_comparison_that_is_done_trains_nothing(llm: Path, done:
 
 @pytest.mark.slow
 def test_what_is_asked_may_change_while_there_are_weights_to_ask(
-    llm: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llm: Path, done: Path, tmp_path: Path, keep_run: KeepRun
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    from benchmarks.evidence import keep_run
-
     keep_run(done, tmp_path / "kept")
     shutil.copytree(done, tmp_path / "whole")
     values = changed(comparing(llm), "evaluate.0.limit", 3)
@@ -428,41 +418,10 @@ def test_what_is_asked_may_change_while_there_are_weights_to_ask(
     assert asked(whole) == {3}
 
 
-def test_a_process_left_behind_does_nothing_where_the_job_is_asked_something_else(
-    tmp_path: Path,
-) -> None:
-    mine, other = (Job("one", str(tmp_path), {}, 0, {}, [{"limit": n}], 1, 1) for n in (3, 4))
-    other.write()
-    run_job(mine)
-    assert {path.name for path in tmp_path.iterdir()} == {"job.json", "lock"}
-    score = {"asked": {"limit": 4}, "shuffled": False, "cpu_s": 1.0, "guess_by_type": {}}
-    lists: dict[str, Any] = {"right": [], "types": [], "pictures": []}
-    found = {"seed": 0, "arm": {}, "training": {}, "measured": {}, "cpu_s": 1.0}
-    write_kept(other.result, {**found, "scores": [{**score, **lists}]})
-    assert other.answers()["scores"][0]["asked"] == {"limit": 4}
-    assert not mine.is_done()
-    with pytest.raises(TrainingError, match="answers other questions: another comparison runs in"):
-        mine.answers()
-
-
-@pytest.mark.parametrize("scores", [[3], [{}], [{"shuffled": False, "right": []}]])
-def test_answers_of_an_earlier_version_are_no_result(tmp_path: Path, scores: list[Any]) -> None:
-    job = Job("one", str(tmp_path), {}, 0, {}, [], 1, 1)
-    found = {"seed": 0, "arm": {}, "training": {}, "measured": {}, "cpu_s": 1.0}
-    write_kept(job.result, {**found, "scores": []})
-    assert job.is_done()
-    write_kept(job.result, {**found, "scores": scores})
-    with pytest.raises(CheckpointError, match=r"of an earlier version .* Remove its folder"):
-        job.is_done()
-
-
 @pytest.mark.slow
 def test_a_comparison_grows_without_the_weights_of_what_is_done(
-    llm: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llm: Path, done: Path, tmp_path: Path, keep_run: KeepRun
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    from benchmarks.evidence import keep_run
-
     moved = tmp_path / "moved"
     keep_run(done, moved)
     assert not any(str(done) in path.read_text() for path in moved.rglob("*.json"))
@@ -480,11 +439,8 @@ def test_a_comparison_grows_without_the_weights_of_what_is_done(
 
 @pytest.mark.slow
 def test_an_arm_is_added_to_what_is_kept_of_a_comparison(
-    llm: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llm: Path, done: Path, tmp_path: Path, keep_run: KeepRun
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    from benchmarks.evidence import keep_run
-
     keep_run(done, tmp_path / "mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("result.json")}
     values = comparing(llm)

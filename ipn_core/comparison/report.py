@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ipn_core.comparison.plots import draw_plots
-from ipn_core.comparison.results import GUESSING, Cell, Results
+from ipn_core.comparison.results import GUESSING, Cell, Group, Results
 from ipn_core.evaluation.statistics import FEW_CLUSTERS, Interval
 from ipn_core.files import atomic_write
 
@@ -123,12 +123,10 @@ def _tables(results: Results, facts: dict[str, str], first_token: dict[str, Any]
 def _summary(results: Results) -> Table:
     rows = []
     for group in results.main:
-        cells = (group.cell(task, split) for task, split in results.splits)
-        shown = ["" if cell is None else _interval(cell.accuracy) for cell in cells]
-        rows.append((f"`{group.name}`", "yes" if group.asks else "no", *shown))
+        asks = "yes" if group.asks else "no"
+        rows.append((f"`{group.name}`", asks, *_accuracies(results, group)))
     for group in results.askers:
-        cells = (group.cell(task, split, shuffled=True) for task, split in results.splits)
-        shown = ["" if cell is None else _interval(cell.accuracy) for cell in cells]
+        shown = _accuracies(results, group, shuffled=True)
         rows.append((f"`{group.name}`, requests of other questions", "in vain", *shown))
     asked = (results.asker.cells[task, split, False] for task, split in results.splits)
     rows.append((GUESSING, "no", *(f"{100 * cell.guess:.1f}" for cell in asked)))
@@ -140,6 +138,12 @@ def _summary(results: Results) -> Table:
         ("arm", "asks", *(f"{task} {split}" for task, split in results.splits)),
         rows,
     )
+
+
+def _accuracies(results: Results, group: Group, shuffled: bool = False) -> list[str]:
+    """Say what an arm has on each split, nothing where it was not asked so."""
+    cells = (group.cell(task, split, shuffled) for task, split in results.splits)
+    return ["" if cell is None else _interval(cell.accuracy) for cell in cells]
 
 
 def _arms(results: Results) -> Table:
